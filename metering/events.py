@@ -1,0 +1,214 @@
+"""The facts that are billed: token usage, usage events, and the ids that make each of them count once."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field, fields
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, Literal
+from uuid import UUID
+
+import msgspec
+import uuid_utils
+
+from metering import checks
+from metering.errors import InvalidEvent, InvalidUsage
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+__all__ = ["METRICS", "TOKEN_FIELDS", "TokenUsage", "UsageEvent", "derive_event_id", "fingerprint_of", "new_event_id"]
+
+Kind = Literal["usage", "signal", "import", "correction"]
+CallerType = Literal["production_agent", "dashboard", "internal"]
+
+CALLER_TYPES = ("production_agent", "dashboard", "internal")
+MAX_NAME = 255
+MAX_LINE = 64
+MAX_ATTRIBUTES_BYTES = 4096
+
+_NAMESPACE = b"tallystick"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenUsage:
+    """Tokens of one call. `input_tokens` includes cache reads and writes, `output_tokens` includes reasoning.
+
+    The other fields are subsets of those two, so nothing is counted twice. Names are those of genai-prices; providers
+    differ on what their own fields include. Raises `InvalidUsage` for counts that are negative, not whole, above 2^53,
+    or larger than the total they are part of.
+    """
+
+    input_tokens: int = 0
+    cache_read_tokens: int = 0
+    cache_write_tokens: int = 0
+    cache_write_1h_tokens: int = 0
+    """Part of `cache_write_tokens`."""
+    input_audio_tokens: int = 0
+    output_tokens: int = 0
+    reasoning_tokens: int = 0
+    output_audio_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        for name in TOKEN_FIELDS:
+            checks.tokens(name, getattr(self, name))
+        for part, whole in _SUBSETS:
+            if getattr(self, part) > getattr(self, whole):
+                raise InvalidUsage(part, getattr(self, part), f"at most {whole}, which is {getattr(self, whole)}")
+        if self.cache_read_tokens + self.cache_write_tokens > self.input_tokens:
+            raise InvalidUsage(
+                "cache_read_tokens + cache_write_tokens",
+                self.cache_read_tokens + self.cache_write_tokens,
+                f"at most input_tokens, which is {self.input_tokens}",
+            )
+
+    @property
+    def total_tokens(self) -> int:
+        """Everything read and generated."""
+        return self.input_tokens + self.output_tokens
+
+    @property
+    def uncached_input_tokens(self) -> int:
+        """Input that was neither read from nor written to a cache."""
+        return self.input_tokens - self.cache_read_tokens - self.cache_write_tokens
+
+
+TOKEN_FIELDS: tuple[str, ...] = tuple(f.name for f in fields(TokenUsage))
+_SUBSETS = (
+    ("cache_read_tokens", "input_tokens"),
+    ("cache_write_tokens", "input_tokens"),
+    ("cache_write_1h_tokens", "cache_write_tokens"),
+    ("input_audio_tokens", "input_tokens"),
+    ("reasoning_tokens", "output_tokens"),
+    ("output_audio_tokens", "output_tokens"),
+)
+
+METRICS: tuple[str, ...] = ("requests", "quantity", "tokens", "uncached_input_tokens", *TOKEN_FIELDS)
+"""What a limit or a rate may count."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UsageEvent:
+    """One immutable billed fact. A correction is a new event that names the one it corrects."""
+
+    event_id: UUID
+    account: str
+    line: str
+    occurred_at: datetime
+    """Decides the window and the period."""
+    kind: Kind = "usage"
+    requests: int = 1
+    """1; -1 for a reversal, which takes back usage and quantity too."""
+    usage: TokenUsage = field(default_factory=TokenUsage)
+    quantity: Decimal = Decimal(0)
+    corrects: UUID | None = None
+    key_id: str | None = None
+    operation: str | None = None
+    caller_type: CallerType = "production_agent"
+    provider: str | None = None
+    model: str | None = None
+    service_tier: str | None = None
+    run_id: str | None = None
+    request_id: str | None = None
+    session_id: str | None = None
+    attributes: dict[str, Any] | None = None
+    platform_paid: bool = True
+    """False where the call ran on the customer's own provider key."""
+    billable: bool = True
+    estimated: bool = False
+    counted: bool = False
+    """Asked the limits, so it is part of their counters."""
+    late: bool = False
+    """Settled after its hold was gone."""
+    error: str | None = None
+    latency_ms: int | None = None
+    idempotency_key: str | None = None
+    fingerprint: str | None = None
+    source: str | None = None
+    """Where an imported event came from."""
+
+    def __post_init__(self) -> None:
+        checks.text("account", self.account, MAX_NAME)
+        checks.text("line", self.line, MAX_LINE)
+        checks.quantity("quantity", self.quantity)
+        checks.instant("occurred_at", self.occurred_at)
+        if self.requests not in (1, -1):
+            raise InvalidEvent("requests", self.requests, "1, or -1 for a reversal")
+        if self.caller_type not in CALLER_TYPES:
+            raise InvalidEvent("caller_type", self.caller_type, f"one of {', '.join(CALLER_TYPES)}")
+        if not isinstance(self.usage, TokenUsage):
+            raise InvalidEvent("usage", self.usage, "a TokenUsage")
+        for name in _OPTIONAL_NAMES:
+            value = getattr(self, name)
+            if value is not None:
+                checks.text(name, value, MAX_NAME)
+        if self.latency_ms is not None and (type(self.latency_ms) is not int or self.latency_ms < 0):
+            raise InvalidEvent("latency_ms", self.latency_ms, "a whole number of milliseconds, 0 or more")
+        encode_attributes(self.attributes)
+
+
+_OPTIONAL_NAMES = (
+    "operation",
+    "provider",
+    "model",
+    "service_tier",
+    "run_id",
+    "request_id",
+    "session_id",
+    "idempotency_key",
+    "source",
+)
+
+
+def metric_amount(metric: str, usage: TokenUsage, quantity: Decimal, requests: int = 1) -> int | Decimal:
+    """How much of `metric` one event is."""
+    if metric == "requests":
+        return requests
+    if metric == "quantity":
+        return quantity
+    if metric == "tokens":
+        return usage.total_tokens
+    return int(getattr(usage, metric))
+
+
+def encode_attributes(attributes: dict[str, Any] | None) -> str | None:
+    """Attributes as JSON text. Raises `InvalidEvent` for what JSON cannot say or what is above 4 KB."""
+    if attributes is None:
+        return None
+    try:
+        encoded = msgspec.json.encode(attributes, order="sorted")
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise InvalidEvent("attributes", attributes, "a mapping that JSON can say") from exc
+    if len(encoded) > MAX_ATTRIBUTES_BYTES:
+        raise InvalidEvent("attributes", attributes, f"at most {MAX_ATTRIBUTES_BYTES} bytes of JSON, not {len(encoded)}")
+    return encoded.decode()
+
+
+def new_event_id() -> UUID:
+    """An id for a fact that has no key of its own: a UUIDv7, so that ids of one day lie together."""
+    return UUID(bytes=uuid_utils.uuid7().bytes)
+
+
+def derive_event_id(kind: str, *parts: str) -> UUID:
+    """The id that `parts` always give, so the same fact sent twice has one id.
+
+    Each part is preceded by its length: ("ab", "c") and ("a", "bc") differ.
+    """
+    digest = hashlib.blake2b(_NAMESPACE, digest_size=16)
+    for part in (kind, *parts):
+        encoded = part.encode("utf-8", "surrogatepass")
+        digest.update(len(encoded).to_bytes(8, "big"))
+        digest.update(encoded)
+    return UUID(bytes=digest.digest())
+
+
+def fingerprint_of(line: str, operation: str | None, request: object) -> str:
+    """A digest that tells one request from another under the same idempotency key.
+
+    Never of the API key, usage, response or time: a client's retry has other values there.
+    """
+    try:
+        canonical = msgspec.json.encode([line, operation, request], order="sorted")
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise InvalidEvent("request", request, "a value that JSON can say, or pass fingerprint=") from exc
+    return hashlib.blake2b(canonical, digest_size=16).hexdigest()
