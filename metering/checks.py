@@ -25,7 +25,7 @@ def tokens(field: str, value: object) -> int:
 
 
 def quantity(field: str, value: object) -> Decimal:
-    """A quantity: an int or a Decimal, finite, not negative, at most 12 decimals. A float is refused: it is not exact."""
+    """A quantity: an int or a Decimal, finite, not negative, at most 12 decimals. A float is not exact: refused."""
     if type(value) is int:
         value = Decimal(value)
     if not isinstance(value, Decimal):

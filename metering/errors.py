@@ -4,6 +4,7 @@ MeteringError
 ├── InvalidEvent            a fact that cannot be billed as given (also a ValueError)
 │   └── InvalidUsage        token counts that cannot be
 ├── InvalidSetting          a setting or an argument that cannot be used (also a ValueError)
+├── InvalidFile             a file that cannot be imported
 ├── InvalidPlan             plans.toml, or a plan in it, cannot be used (also a ValueError)
 ├── AmbiguousRate           two rates claim the same usage
 ├── UnpricedUsage           a cost-plus rate meets usage whose provider cost is not known
@@ -41,6 +42,7 @@ __all__ = [
     "IdempotencyConflict",
     "IdempotencyInProgress",
     "InvalidEvent",
+    "InvalidFile",
     "InvalidPlan",
     "InvalidSetting",
     "InvalidUsage",
@@ -87,6 +89,15 @@ class InvalidSetting(_FieldError):
     """A setting or an argument that cannot be used."""
 
 
+class InvalidFile(MeteringError):
+    """A file that cannot be imported, or not to its end."""
+
+    def __init__(self, path: object, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
+        self.path = path
+        self.problem = problem
+
+
 class InvalidPlan(MeteringError, ValueError):
     """A plan that cannot be used. `where` is its place, such as `plans.pro.rates[2]`; `line` counts from 1."""
 
@@ -117,7 +128,9 @@ class UnknownAccount(NotFound):
     """No account of that name."""
 
     def __init__(self, account: str) -> None:
-        super().__init__(f"account {account!r} is not known: create it with keys.create or `tallystick accounts create`")
+        super().__init__(
+            f"account {account!r} is not known: create it with keys.create or `tallystick accounts create`"
+        )
         self.account = account
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field, fields
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 from uuid import UUID
 
 import msgspec
@@ -15,9 +15,21 @@ from metering import checks
 from metering.errors import InvalidEvent, InvalidUsage
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from datetime import datetime
 
-__all__ = ["METRICS", "TOKEN_FIELDS", "TokenUsage", "UsageEvent", "derive_event_id", "fingerprint_of", "new_event_id"]
+__all__ = [
+    "METRICS",
+    "TOKEN_FIELDS",
+    "Call",
+    "CallDescription",
+    "TokenUsage",
+    "UsageEvent",
+    "derive_event_id",
+    "fingerprint_of",
+    "metric_amounts",
+    "new_event_id",
+]
 
 Kind = Literal["usage", "signal", "import", "correction"]
 CallerType = Literal["production_agent", "dashboard", "internal"]
@@ -72,6 +84,10 @@ class TokenUsage:
         """Input that was neither read from nor written to a cache."""
         return self.input_tokens - self.cache_read_tokens - self.cache_write_tokens
 
+    def to_dict(self) -> dict[str, int]:
+        """All eight counts by name."""
+        return {name: getattr(self, name) for name in TOKEN_FIELDS}
+
 
 TOKEN_FIELDS: tuple[str, ...] = tuple(f.name for f in fields(TokenUsage))
 _SUBSETS = (
@@ -88,23 +104,12 @@ METRICS: tuple[str, ...] = ("requests", "quantity", "tokens", "uncached_input_to
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UsageEvent:
-    """One immutable billed fact. A correction is a new event that names the one it corrects."""
+class Call:
+    """What is said of a call besides its size: which line it is sold on, who served it, what it belongs to."""
 
-    event_id: UUID
-    account: str
     line: str
-    occurred_at: datetime
-    """Decides the window and the period."""
-    kind: Kind = "usage"
-    requests: int = 1
-    """1; -1 for a reversal, which takes back usage and quantity too."""
-    usage: TokenUsage = field(default_factory=TokenUsage)
-    quantity: Decimal = Decimal(0)
-    corrects: UUID | None = None
-    key_id: str | None = None
+    """What is sold, at most 64 characters."""
     operation: str | None = None
-    caller_type: CallerType = "production_agent"
     provider: str | None = None
     model: str | None = None
     service_tier: str | None = None
@@ -112,33 +117,16 @@ class UsageEvent:
     request_id: str | None = None
     session_id: str | None = None
     attributes: dict[str, Any] | None = None
+    """At most 4 KB as JSON."""
     platform_paid: bool = True
     """False where the call ran on the customer's own provider key."""
-    billable: bool = True
-    estimated: bool = False
-    counted: bool = False
-    """Asked the limits, so it is part of their counters."""
-    late: bool = False
-    """Settled after its hold was gone."""
     error: str | None = None
     latency_ms: int | None = None
     idempotency_key: str | None = None
-    fingerprint: str | None = None
-    source: str | None = None
-    """Where an imported event came from."""
 
     def __post_init__(self) -> None:
-        checks.text("account", self.account, MAX_NAME)
         checks.text("line", self.line, MAX_LINE)
-        checks.quantity("quantity", self.quantity)
-        checks.instant("occurred_at", self.occurred_at)
-        if self.requests not in (1, -1):
-            raise InvalidEvent("requests", self.requests, "1, or -1 for a reversal")
-        if self.caller_type not in CALLER_TYPES:
-            raise InvalidEvent("caller_type", self.caller_type, f"one of {', '.join(CALLER_TYPES)}")
-        if not isinstance(self.usage, TokenUsage):
-            raise InvalidEvent("usage", self.usage, "a TokenUsage")
-        for name in _OPTIONAL_NAMES:
+        for name in _NAMES_OF_A_CALL:
             value = getattr(self, name)
             if value is not None:
                 checks.text(name, value, MAX_NAME)
@@ -147,7 +135,21 @@ class UsageEvent:
         encode_attributes(self.attributes)
 
 
-_OPTIONAL_NAMES = (
+class CallDescription(TypedDict, total=False):
+    """What `consume`, `reserve` and `record` all take of a call, by keyword; the meaning is `Call`'s."""
+
+    operation: str | None
+    provider: str | None
+    model: str | None
+    service_tier: str | None
+    run_id: str | None
+    request_id: str | None
+    session_id: str | None
+    attributes: dict[str, Any] | None
+    platform_paid: bool
+
+
+_NAMES_OF_A_CALL = (
     "operation",
     "provider",
     "model",
@@ -156,19 +158,60 @@ _OPTIONAL_NAMES = (
     "request_id",
     "session_id",
     "idempotency_key",
-    "source",
 )
 
 
-def metric_amount(metric: str, usage: TokenUsage, quantity: Decimal, requests: int = 1) -> int | Decimal:
-    """How much of `metric` one event is."""
-    if metric == "requests":
-        return requests
-    if metric == "quantity":
-        return quantity
-    if metric == "tokens":
-        return usage.total_tokens
-    return int(getattr(usage, metric))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UsageEvent(Call):
+    """One immutable billed fact. A correction is a new event that names the one it corrects."""
+
+    event_id: UUID
+    account: str
+    occurred_at: datetime
+    """Decides the window and the period. 1970 or later."""
+    kind: Kind = "usage"
+    requests: int = 1
+    """1; -1 for a reversal, which takes `usage` and `quantity` back."""
+    usage: TokenUsage = field(default_factory=TokenUsage)
+    quantity: Decimal = Decimal(0)
+    corrects: UUID | None = None
+    key_id: str | None = None
+    caller_type: CallerType = "production_agent"
+    billable: bool = True
+    estimated: bool = False
+    counted: bool = False
+    """Asked the limits, so it is part of their counters."""
+    late: bool = False
+    """Settled after its hold was gone."""
+    fingerprint: str | None = None
+    source: str | None = None
+    """Where an imported event came from."""
+
+    def __post_init__(self) -> None:
+        Call.__post_init__(self)
+        checks.text("account", self.account, MAX_NAME)
+        checks.quantity("quantity", self.quantity)
+        if checks.instant("occurred_at", self.occurred_at).year < 1970:
+            raise InvalidEvent("occurred_at", self.occurred_at, "1970 or later")
+        if self.requests not in (1, -1):
+            raise InvalidEvent("requests", self.requests, "1, or -1 for a reversal")
+        if self.caller_type not in CALLER_TYPES:
+            raise InvalidEvent("caller_type", self.caller_type, f"one of {', '.join(CALLER_TYPES)}")
+        if not isinstance(self.usage, TokenUsage):
+            raise InvalidEvent("usage", self.usage, "a TokenUsage")
+        if self.source is not None:
+            checks.text("source", self.source, MAX_NAME)
+
+
+def metric_amounts(tokens: Mapping[str, int], *, requests: int, quantity: Decimal) -> dict[str, int | Decimal]:
+    """Every metric of METRICS for the given token fields, which may be one call's or sums over many."""
+    return {
+        **tokens,
+        "requests": requests,
+        "quantity": quantity,
+        "tokens": tokens["input_tokens"] + tokens["output_tokens"],
+        "uncached_input_tokens": tokens["input_tokens"] - tokens["cache_read_tokens"] - tokens["cache_write_tokens"],
+    }
 
 
 def encode_attributes(attributes: dict[str, Any] | None) -> str | None:
@@ -180,7 +223,9 @@ def encode_attributes(attributes: dict[str, Any] | None) -> str | None:
     except (TypeError, ValueError, RecursionError) as exc:
         raise InvalidEvent("attributes", attributes, "a mapping that JSON can say") from exc
     if len(encoded) > MAX_ATTRIBUTES_BYTES:
-        raise InvalidEvent("attributes", attributes, f"at most {MAX_ATTRIBUTES_BYTES} bytes of JSON, not {len(encoded)}")
+        raise InvalidEvent(
+            "attributes", attributes, f"at most {MAX_ATTRIBUTES_BYTES} bytes of JSON, not {len(encoded)}"
+        )
     return encoded.decode()
 
 

@@ -1,0 +1,516 @@
+"""The SQL store: admissions decided in one transaction on the ledger itself."""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from uuid import UUID
+
+import msgspec
+
+from metering import windows
+from metering.admission.counters import NOTHING, Counters, dump_units, load_units, units_of
+from metering.admission.decide import (
+    RateCounter,
+    asked_amount,
+    check_rate,
+    check_window,
+    counter_of,
+    rate_counter_of,
+    refusing,
+)
+from metering.admission.protocol import Appended, Decision, HoldTicket, LimitStatus, Settled
+from metering.admission.rows import event_row, log_row
+from metering.admission.statements import statements
+from metering.errors import (
+    IdempotencyConflict,
+    IdempotencyInProgress,
+    InvalidEvent,
+    RevokedKey,
+    SettleConflict,
+    UnknownAccount,
+    UnknownKey,
+)
+from metering.events import derive_event_id, new_event_id
+from metering.ledger.sqlite import translated
+from metering.ledger.types import decimal_text, instant_text, parse_instant
+from metering.plans import Plan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from metering.admission.protocol import Admission, Bodies, Settlement
+    from metering.events import Call, UsageEvent
+    from metering.ledger import Ledger
+
+__all__ = ["SqlStore", "utc_now"]
+
+_SQL = statements("sqlite")
+
+MAX_BATCH = 10_000
+EXPIRED_PER_ADMISSION = 16
+EXPIRED_PER_SWEEP = 1_000
+REPLAY_KEPT = timedelta(hours=24)
+LAST_USED_PRECISION = timedelta(minutes=1)
+
+
+def utc_now() -> datetime:
+    """The wall clock, aware and in UTC."""
+    return datetime.now(UTC)
+
+
+class _Account(NamedTuple):
+    """What an admission must know of its account."""
+
+    time_zone: str
+    anchor_day: int
+
+
+class _Hold(NamedTuple):
+    """An open hold as the ledger keeps it."""
+
+    hold_id: str
+    account: str
+    key_id: str
+    line: str
+    admitted_at: str
+    expires_at: str
+    fingerprint: str | None
+    reserved: str
+    rate_claims: str
+
+
+class SqlStore:
+    """Decides on the ledger. Keeps `AdmissionStore`'s promises; `clock` is the store's own time."""
+
+    def __init__(self, ledger: Ledger, *, clock: Callable[[], datetime] = utc_now) -> None:
+        self._ledger = ledger
+        self._clock = clock
+        self._plans: dict[int, Plan] = {}
+
+    def admit(self, admission: Admission, now: datetime | None = None) -> Decision:
+        """See `AdmissionStore.admit`."""
+        return self._ledger.writer.run(lambda cursor: self._admit(cursor, admission, now or self._clock()))
+
+    def settle(self, settlement: Settlement, now: datetime | None = None) -> Settled:
+        """See `AdmissionStore.settle`."""
+        return self._ledger.writer.run(lambda cursor: self._settle(cursor, settlement, now or self._clock()))
+
+    def release(self, hold: HoldTicket, call: Call, bodies: Bodies, now: datetime | None = None) -> bool:
+        """See `AdmissionStore.release`."""
+        return self._ledger.writer.run(lambda cursor: self._release(cursor, hold, call, bodies, now or self._clock()))
+
+    def renew(self, hold: HoldTicket, ttl_s: float, now: datetime | None = None) -> bool:
+        """See `AdmissionStore.renew`."""
+
+        def work(cursor: sqlite3.Cursor) -> bool:
+            expires_at = instant_text((now or self._clock()) + timedelta(seconds=ttl_s))
+            cursor.execute(_SQL["renew_hold"], {"hold_id": hold.hold_id.hex, "expires_at": expires_at})
+            return cursor.rowcount == 1
+
+        return self._ledger.writer.run(work)
+
+    def expire(self, now: datetime | None = None) -> int:
+        """See `AdmissionStore.expire`. Works in batches, so that admissions get their turn in between."""
+
+        def work(cursor: sqlite3.Cursor) -> int:
+            at = instant_text(now or self._clock())
+            found = cursor.execute(_SQL["find_expired_holds"], {"now": at, "most": EXPIRED_PER_SWEEP}).fetchall()
+            for row in found:
+                self._give_back(cursor, _Hold(*row), "expired")
+            return len(found)
+
+        total = 0
+        while expired := self._ledger.writer.run(work):
+            total += expired
+        return total
+
+    def append(self, events: Sequence[UsageEvent], now: datetime | None = None) -> Appended:
+        """See `AdmissionStore.append`."""
+        if len(events) > MAX_BATCH:
+            raise InvalidEvent("events", len(events), f"at most {MAX_BATCH} in one batch")
+        return self._ledger.writer.run(lambda cursor: self._append(cursor, events, now or self._clock()))
+
+    def quota(self, account: str, key_id: str | None = None, now: datetime | None = None) -> tuple[LimitStatus, ...]:
+        """See `AdmissionStore.quota`."""
+        at = now or self._clock()
+        with self._ledger.read() as connection:
+            cursor = cast("sqlite3.Cursor", connection.connection.cursor())
+            try:
+                _, plan = self._plan_in_force(cursor, account, at)
+                period = self._period(self._account(cursor, account), at)
+                statuses = []
+                for limit in plan.limits:
+                    if limit.scope == "key" and key_id is None:
+                        continue
+                    counters = Counters(cursor, account=account, line=limit.line, key_id=key_id or "", at=at)
+                    if limit.per is None:
+                        arrival = counters.arrivals().get(rate_counter_of(limit, key_id or ""), Decimal(0))
+                        statuses.append(check_rate(limit, arrival, 0, at)[1])
+                    else:
+                        counter = counter_of(limit, key_id or "", at, period)
+                        statuses.append(check_window(limit, counter.window, counters.used(counter), 0, at)[1])
+                return tuple(statuses)
+            except sqlite3.Error as exc:
+                raise translated(exc, self._ledger.path) from exc
+
+    def _admit(self, cursor: sqlite3.Cursor, admission: Admission, now: datetime) -> Decision:
+        account, key_id = self._authenticate(cursor, admission.key_digest, now)
+        self._expire_some(cursor, account, now)
+        plan_version, plan = self._plan_in_force(cursor, account, now)
+        call = admission.call
+        keyed = call.idempotency_key is not None
+        event_id = admission.event_id
+        if call.idempotency_key is not None:
+            event_id = derive_event_id("usage", account, call.line, call.idempotency_key)
+        base = Decision(
+            allowed=True, event_id=event_id, account=account, plan=plan.name, plan_version=plan_version, key_id=key_id
+        )
+        replay = self._replay(cursor, admission, base, now)
+        if replay is not None:
+            return replay
+
+        period = self._period(self._account(cursor, account), now)
+        counters = Counters(cursor, account=account, line=call.line, key_id=key_id, at=now)
+        units = units_of(admission.usage, admission.quantity)
+        statuses, refused, arrivals = _check(plan, admission, units, counters, key_id, period, now)
+        if refused:
+            return replace(base, allowed=False, limits=tuple(statuses), refused_by=refusing(refused))
+
+        counters.move(units)
+        for rate, arrival in arrivals.items():
+            counters.put_arrival(rate, arrival)
+        label = windows.period_label(period, self._account(cursor, account).time_zone)
+        hold = None
+        if admission.hold_ttl_s is not None:
+            hold = HoldTicket(
+                hold_id=new_event_id(),
+                event_id=event_id,
+                account=account,
+                key_id=key_id,
+                plan_version=plan_version,
+                period=label,
+                admitted_at=now,
+                expires_at=now + timedelta(seconds=admission.hold_ttl_s),
+                usage=admission.usage,
+                quantity=admission.quantity,
+                fingerprint=admission.fingerprint,
+            )
+            _insert_hold(cursor, hold, call, dump_units(units), _dump_rates(arrivals))
+        else:
+            cursor.execute(
+                _SQL["insert_event_id"],
+                {"event_id": event_id.hex, "period": label, "fingerprint": admission.fingerprint},
+            )
+            row = event_row(
+                call,
+                event_id=event_id,
+                account=account,
+                key_id=key_id,
+                plan_version=plan_version,
+                period=label,
+                occurred_at=now,
+                recorded_at=now,
+                usage=admission.usage,
+                quantity=admission.quantity,
+                counted=True,
+                fingerprint=admission.fingerprint,
+            )
+            cursor.execute(_SQL["insert_event"], row)
+            _keep_bodies(cursor, row, call, admission.bodies, now, replayable=keyed)
+        return replace(base, limits=tuple(statuses), hold=hold)
+
+    def _replay(self, cursor: sqlite3.Cursor, admission: Admission, base: Decision, now: datetime) -> Decision | None:
+        call = admission.call
+        known = cursor.execute(_SQL["find_event_id"], {"event_id": base.event_id.hex}).fetchone()
+        if known is not None:
+            fingerprint, response, stored_at = known
+            if fingerprint != admission.fingerprint:
+                raise IdempotencyConflict(call.line, call.idempotency_key)
+            kept = response is not None and parse_instant(stored_at) + REPLAY_KEPT > now
+            return replace(
+                base,
+                replayed=True,
+                response=msgspec.json.decode(response) if kept else None,
+                response_expired=not kept,
+            )
+        row = cursor.execute(_SQL["find_hold_in_flight"], {"event_id": base.event_id.hex}).fetchone()
+        if row is None:
+            return None
+        hold = _Hold(*row)
+        if parse_instant(hold.expires_at) <= now:
+            self._give_back(cursor, hold, "expired")
+            return None
+        if hold.fingerprint != admission.fingerprint:
+            raise IdempotencyConflict(call.line, call.idempotency_key)
+        raise IdempotencyInProgress(
+            call.line, call.idempotency_key, (parse_instant(hold.expires_at) - now).total_seconds()
+        )
+
+    def _settle(self, cursor: sqlite3.Cursor, settlement: Settlement, now: datetime) -> Settled:
+        hold, call = settlement.hold, settlement.call
+        digest = _settlement_digest(settlement)
+        found = cursor.execute(_SQL["find_hold"], {"hold_id": hold.hold_id.hex}).fetchone()
+        state, settled_as, settled_event_id, rate_claims = found or ("forgotten", None, None, "[]")
+        if state == "settled":
+            if settled_as != digest:
+                raise SettleConflict(
+                    f"hold {hold.hold_id} was settled before with other usage; the first settle stands"
+                )
+            billable, late = cursor.execute(_SQL["find_settled_event"], {"event_id": settled_event_id}).fetchone()
+            return Settled(event_id=UUID(settled_event_id), billable=bool(billable), late=bool(late), repeated=True)
+
+        late = state != "open"
+        event_id, billable = hold.event_id, True
+        if not _claim_id(cursor, event_id, hold):
+            event_id, billable = derive_event_id("attempt", hold.hold_id.hex), False
+            if not _claim_id(cursor, event_id, hold):
+                return Settled(event_id=event_id, billable=False, late=late, repeated=True)
+        given = units_of(settlement.usage, settlement.quantity)
+        taken = NOTHING if late else units_of(hold.usage, hold.quantity)
+        counters = Counters(cursor, account=hold.account, line=call.line, key_id=hold.key_id, at=hold.admitted_at)
+        counters.move(given, taken)
+        _move_rates(counters, rate_claims, {metric: given[metric] - taken[metric] for metric in given})
+        row = event_row(
+            call,
+            event_id=event_id,
+            account=hold.account,
+            key_id=hold.key_id,
+            plan_version=hold.plan_version,
+            period=hold.period,
+            occurred_at=hold.admitted_at,
+            recorded_at=now,
+            usage=settlement.usage,
+            quantity=settlement.quantity,
+            counted=True,
+            billable=billable,
+            estimated=settlement.estimated,
+            late=late,
+            fingerprint=hold.fingerprint,
+        )
+        cursor.execute(_SQL["insert_event"], row)
+        replayable = billable and call.idempotency_key is not None
+        _keep_bodies(cursor, row, call, settlement.bodies, now, replayable=replayable, hold_id=hold.hold_id)
+        cursor.execute(
+            _SQL["settle_hold"],
+            {"hold_id": hold.hold_id.hex, "settlement": digest, "settled_event_id": event_id.hex},
+        )
+        return Settled(event_id=event_id, billable=billable, late=late)
+
+    def _release(self, cursor: sqlite3.Cursor, hold: HoldTicket, call: Call, bodies: Bodies, now: datetime) -> bool:
+        found = cursor.execute(_SQL["find_hold"], {"hold_id": hold.hold_id.hex}).fetchone()
+        is_open = found is not None and found[0] == "open"
+        if is_open:
+            row = cursor.execute(_SQL["find_hold_in_flight"], {"event_id": hold.event_id.hex}).fetchone()
+            self._give_back(cursor, _Hold(*row), "released")
+        row = {"event_id": None, "account": hold.account, "key_id": hold.key_id, "line": call.line}
+        _keep_bodies(cursor, row, call, bodies, now, replayable=False, hold_id=hold.hold_id)
+        return is_open
+
+    def _give_back(self, cursor: sqlite3.Cursor, hold: _Hold, state: str) -> None:
+        cursor.execute(_SQL["close_hold"], {"hold_id": hold.hold_id, "state": state})
+        counters = Counters(
+            cursor, account=hold.account, line=hold.line, key_id=hold.key_id, at=parse_instant(hold.admitted_at)
+        )
+        reserved = load_units(hold.reserved)
+        counters.move(NOTHING, reserved)
+        _move_rates(counters, hold.rate_claims, {metric: -amount for metric, amount in reserved.items()})
+
+    def _expire_some(self, cursor: sqlite3.Cursor, account: str, now: datetime) -> None:
+        scope = {"account": account, "now": instant_text(now), "most": EXPIRED_PER_ADMISSION}
+        for row in cursor.execute(_SQL["find_expired_holds_of_account"], scope).fetchall():
+            self._give_back(cursor, _Hold(*row), "expired")
+
+    def _append(self, cursor: sqlite3.Cursor, events: Sequence[UsageEvent], now: datetime) -> Appended:
+        ids = msgspec.json.encode([event.event_id.hex for event in events]).decode()
+        known: dict[str, str | None] = dict(cursor.execute(_SQL["find_known_ids"], {"event_ids": ids}).fetchall())
+        conflicting: list[int] = []
+        id_rows: list[dict[str, Any]] = []
+        rows: list[dict[str, Any]] = []
+        for position, event in enumerate(events):
+            event_id = event.event_id.hex
+            if event_id in known:
+                if known[event_id] != event.fingerprint:
+                    conflicting.append(position)
+                continue
+            known[event_id] = event.fingerprint
+            account = self._account(cursor, event.account)
+            plan_version, _ = self._plan_in_force(cursor, event.account, event.occurred_at)
+            label = windows.period_label(self._period(account, event.occurred_at), account.time_zone)
+            id_rows.append({"event_id": event_id, "period": label, "fingerprint": event.fingerprint})
+            rows.append(
+                event_row(
+                    event,
+                    event_id=event.event_id,
+                    kind=event.kind,
+                    corrects=event.corrects,
+                    account=event.account,
+                    key_id=event.key_id,
+                    plan_version=plan_version,
+                    period=label,
+                    caller_type=event.caller_type,
+                    occurred_at=event.occurred_at,
+                    recorded_at=now,
+                    requests=event.requests,
+                    usage=event.usage,
+                    quantity=event.quantity,
+                    billable=event.billable,
+                    estimated=event.estimated,
+                    counted=event.counted,
+                    late=event.late,
+                    fingerprint=event.fingerprint,
+                    source=event.source,
+                )
+            )
+        cursor.executemany(_SQL["insert_event_id"], id_rows)
+        cursor.executemany(_SQL["insert_event"], rows)
+        return Appended(
+            inserted=len(rows),
+            known=len(events) - len(rows) - len(conflicting),
+            conflicting=tuple(conflicting),
+        )
+
+    def _authenticate(self, cursor: sqlite3.Cursor, digest: str, now: datetime) -> tuple[str, str]:
+        found = cursor.execute(_SQL["authenticate"], {"digest": digest}).fetchone()
+        if found is None:
+            raise UnknownKey
+        key_id, account, expires_at, revoked_at, last_used_at = found
+        if revoked_at is not None or (expires_at is not None and parse_instant(expires_at) <= now):
+            raise RevokedKey(key_id, account)
+        if last_used_at is None or parse_instant(last_used_at) + LAST_USED_PRECISION <= now:
+            cursor.execute(_SQL["touch_key"], {"key_id": key_id, "now": instant_text(now)})
+        return account, key_id
+
+    def _account(self, cursor: sqlite3.Cursor, account: str) -> _Account:
+        found = cursor.execute(_SQL["find_account"], {"account": account}).fetchone()
+        if found is None:
+            raise UnknownAccount(account)
+        return _Account(*found)
+
+    def _period(self, account: _Account, at: datetime) -> windows.Window:
+        return windows.period_window(at, time_zone=account.time_zone, anchor_day=account.anchor_day)
+
+    def _plan_in_force(self, cursor: sqlite3.Cursor, account: str, at: datetime) -> tuple[int, Plan]:
+        found = cursor.execute(_SQL["plan_in_force"], {"account": account, "at": instant_text(at)}).fetchone()
+        if found is None:
+            raise UnknownAccount(account)
+        plan_version, name, document = found
+        if plan_version not in self._plans:
+            self._plans[plan_version] = Plan.from_dict(name, msgspec.json.decode(document))
+        return plan_version, self._plans[plan_version]
+
+
+def _check(
+    plan: Plan,
+    admission: Admission,
+    units: dict[str, int | Decimal],
+    counters: Counters,
+    key_id: str,
+    period: windows.Window,
+    now: datetime,
+) -> tuple[list[LimitStatus], list[LimitStatus], dict[RateCounter, int | Decimal]]:
+    """Where every limit stands, those that refuse, and the arrivals to keep if none does."""
+    kept_arrivals: dict[RateCounter, Decimal] | None = None
+    statuses: list[LimitStatus] = []
+    refused: list[LimitStatus] = []
+    arrivals: dict[RateCounter, int | Decimal] = {}
+    for limit in plan.limits:
+        if limit.line not in ("*", admission.call.line):
+            continue
+        asked = asked_amount(
+            limit,
+            units,
+            usage_given=admission.usage is not None,
+            quantity_given=admission.quantity is not None,
+            is_estimate=admission.hold_ttl_s is not None,
+        )
+        if limit.per is None:
+            if kept_arrivals is None:
+                kept_arrivals = counters.arrivals()
+            rate = rate_counter_of(limit, key_id)
+            fits, status, arrival = check_rate(limit, kept_arrivals.get(rate, Decimal(0)), asked, now)
+            arrivals[rate] = arrival
+        else:
+            counter = counter_of(limit, key_id, now, period)
+            fits, status = check_window(limit, counter.window, counters.used(counter), asked, now)
+        statuses.append(status)
+        if not fits:
+            refused.append(status)
+    return statuses, refused, arrivals
+
+
+def _insert_hold(cursor: sqlite3.Cursor, hold: HoldTicket, call: Call, reserved: str, rate_claims: str) -> None:
+    cursor.execute(
+        _SQL["insert_hold"],
+        {
+            "hold_id": hold.hold_id.hex,
+            "event_id": hold.event_id.hex,
+            "account": hold.account,
+            "key_id": hold.key_id,
+            "line": call.line,
+            "run_id": call.run_id,
+            "fingerprint": hold.fingerprint,
+            "admitted_at": instant_text(hold.admitted_at),
+            "expires_at": instant_text(hold.expires_at),
+            "reserved": reserved,
+            "rate_claims": rate_claims,
+        },
+    )
+
+
+def _claim_id(cursor: sqlite3.Cursor, event_id: UUID, hold: HoldTicket) -> bool:
+    """Whether this fact is the first of its id."""
+    cursor.execute(
+        _SQL["insert_event_id"], {"event_id": event_id.hex, "period": hold.period, "fingerprint": hold.fingerprint}
+    )
+    return cursor.rowcount == 1
+
+
+def _keep_bodies(
+    cursor: sqlite3.Cursor,
+    row: dict[str, Any],
+    call: Call,
+    bodies: Bodies,
+    now: datetime,
+    *,
+    replayable: bool,
+    hold_id: UUID | None = None,
+) -> None:
+    """Keep what a replay answers, and a row of the request log where there is something to log."""
+    if replayable and bodies.replay is not None:
+        cursor.execute(
+            _SQL["insert_replay"],
+            {"event_id": row["event_id"], "response": bodies.replay, "stored_at": instant_text(now)},
+        )
+    if bodies.request is not None or bodies.response is not None or call.error is not None:
+        cursor.execute(_SQL["insert_log"], log_row(row, call, bodies, now, hold_id))
+
+
+def _dump_rates(arrivals: dict[RateCounter, int | Decimal]) -> str:
+    claims = [[rate.metric, rate.line, rate.key_id, rate.units, rate.period_us] for rate in arrivals]
+    return msgspec.json.encode(claims).decode()
+
+
+def _move_rates(counters: Counters, rate_claims: str, delta: dict[str, int | Decimal]) -> None:
+    """Move the rates a hold claimed by what it turned out to cost more, or less."""
+    claims = {RateCounter(*claim) for claim in msgspec.json.decode(rate_claims)}
+    for rate, arrival in counters.arrivals().items() if claims else ():
+        if rate in claims and delta[rate.metric]:
+            counters.put_arrival(rate, arrival + delta[rate.metric] * rate.period_us)
+
+
+def _settlement_digest(settlement: Settlement) -> str:
+    call = settlement.call
+    facts = [
+        settlement.usage.to_dict(),
+        decimal_text(settlement.quantity),
+        settlement.estimated,
+        call.provider,
+        call.model,
+        call.service_tier,
+    ]
+    return hashlib.blake2b(msgspec.json.encode(facts), digest_size=16).hexdigest()

@@ -1,0 +1,163 @@
+-- The statements of an admission on SQLite, run on the driver's cursor inside BEGIN IMMEDIATE.
+-- Times are UTC text of fixed width, quantities are decimal text, ids are 32 hex digits.
+
+-- name: authenticate
+SELECT k.key_id, k.account, k.expires_at, k.revoked_at, k.last_used_at
+FROM api_keys AS k
+WHERE k.digest = :digest
+
+-- name: find_account
+SELECT time_zone, anchor_day FROM accounts WHERE account = :account
+
+-- name: plan_in_force
+SELECT plan_version, plan, document
+FROM plan_versions
+WHERE plan = (
+    SELECT plan FROM account_plans
+    WHERE account = :account AND effective_from <= :at
+    ORDER BY effective_from DESC LIMIT 1
+) AND effective_from <= :at
+ORDER BY effective_from DESC, version DESC
+LIMIT 1
+
+-- name: touch_key
+UPDATE api_keys SET last_used_at = :now WHERE key_id = :key_id
+
+-- name: find_event_id
+SELECT i.fingerprint, r.response, r.stored_at
+FROM event_ids AS i LEFT JOIN replays AS r ON r.event_id = i.event_id
+WHERE i.event_id = :event_id
+
+-- name: find_hold_in_flight
+SELECT hold_id, account, key_id, line, admitted_at, expires_at, fingerprint, reserved, rate_claims
+FROM holds
+WHERE event_id = :event_id AND state = 'open'
+
+-- name: find_hold
+SELECT state, settlement, settled_event_id, rate_claims FROM holds WHERE hold_id = :hold_id
+
+-- name: find_expired_holds_of_account
+SELECT hold_id, account, key_id, line, admitted_at, expires_at, fingerprint, reserved, rate_claims
+FROM holds
+WHERE account = :account AND state = 'open' AND expires_at <= :now
+ORDER BY expires_at
+LIMIT :most
+
+-- name: find_expired_holds
+SELECT hold_id, account, key_id, line, admitted_at, expires_at, fingerprint, reserved, rate_claims
+FROM holds
+WHERE state = 'open' AND expires_at <= :now
+ORDER BY expires_at
+LIMIT :most
+
+-- name: find_open_holds_of_window
+SELECT reserved
+FROM holds
+WHERE account = :account AND state = 'open' AND admitted_at >= :window_start AND admitted_at < :window_end
+    AND (:line = '*' OR line = :line) AND (:key_id = '' OR key_id = :key_id)
+
+-- name: insert_hold
+INSERT INTO holds (
+    hold_id, event_id, account, key_id, line, run_id, fingerprint, state, admitted_at, expires_at, reserved, rate_claims
+) VALUES (
+    :hold_id, :event_id, :account, :key_id, :line, :run_id, :fingerprint, 'open', :admitted_at, :expires_at, :reserved,
+    :rate_claims
+)
+
+-- name: close_hold
+UPDATE holds SET state = :state WHERE hold_id = :hold_id AND state = 'open'
+
+-- name: settle_hold
+UPDATE holds
+SET state = 'settled', settlement = :settlement, settled_event_id = :settled_event_id
+WHERE hold_id = :hold_id
+
+-- name: renew_hold
+UPDATE holds SET expires_at = :expires_at WHERE hold_id = :hold_id AND state = 'open'
+
+-- name: find_settled_event
+SELECT billable, late FROM events WHERE event_id = :event_id
+
+-- name: find_counters
+SELECT metric, line, key_id, window_start, window_end, used
+FROM counters
+WHERE account = :account AND window_start <= :at AND window_end > :at
+    AND line IN ('*', :line) AND key_id IN ('', :key_id)
+
+-- name: put_counter
+INSERT INTO counters (account, window_start, window_end, metric, line, key_id, used)
+VALUES (:account, :window_start, :window_end, :metric, :line, :key_id, :used)
+ON CONFLICT (account, window_start, window_end, metric, line, key_id) DO UPDATE SET used = excluded.used
+
+-- name: drop_counters
+DELETE FROM counters WHERE account = :account AND window_end <= :before
+
+-- name: count_window
+SELECT
+    coalesce(sum(requests), 0) AS requests,
+    coalesce(exact_sum(quantity), '0') AS quantity,
+    coalesce(sum(input_tokens), 0) AS input_tokens,
+    coalesce(sum(cache_read_tokens), 0) AS cache_read_tokens,
+    coalesce(sum(cache_write_tokens), 0) AS cache_write_tokens,
+    coalesce(sum(cache_write_1h_tokens), 0) AS cache_write_1h_tokens,
+    coalesce(sum(input_audio_tokens), 0) AS input_audio_tokens,
+    coalesce(sum(output_tokens), 0) AS output_tokens,
+    coalesce(sum(reasoning_tokens), 0) AS reasoning_tokens,
+    coalesce(sum(output_audio_tokens), 0) AS output_audio_tokens
+FROM events
+WHERE account = :account AND occurred_at >= :window_start AND occurred_at < :window_end AND counted
+    AND (:line = '*' OR line = :line) AND (:key_id = '' OR key_id = :key_id)
+
+-- name: find_rate_counters
+SELECT metric, line, key_id, units, period_us, arrival
+FROM rate_counters
+WHERE account = :account AND line IN ('*', :line) AND key_id IN ('', :key_id)
+
+-- name: put_rate_counter
+INSERT INTO rate_counters (account, metric, line, key_id, units, period_us, arrival)
+VALUES (:account, :metric, :line, :key_id, :units, :period_us, :arrival)
+ON CONFLICT (account, metric, line, key_id, units, period_us) DO UPDATE SET arrival = excluded.arrival
+
+-- name: insert_event_id
+INSERT INTO event_ids (event_id, period, fingerprint) VALUES (:event_id, :period, :fingerprint)
+ON CONFLICT (event_id) DO NOTHING
+
+-- name: find_known_ids
+SELECT event_id, fingerprint FROM event_ids WHERE event_id IN (SELECT value FROM json_each(:event_ids))
+
+-- name: insert_event
+INSERT INTO events (
+    event_id, kind, corrects, account, key_id, plan_version, line, operation, caller_type, occurred_at, recorded_at,
+    period, requests, input_tokens, cache_read_tokens, cache_write_tokens, cache_write_1h_tokens, input_audio_tokens,
+    output_tokens, reasoning_tokens, output_audio_tokens, quantity, provider, model, service_tier, run_id, request_id,
+    session_id, attributes, platform_paid, billable, estimated, counted, late, error, latency_ms, idempotency_key,
+    fingerprint, source, reason
+) VALUES (
+    :event_id, :kind, :corrects, :account, :key_id, :plan_version, :line, :operation, :caller_type, :occurred_at,
+    :recorded_at, :period, :requests, :input_tokens, :cache_read_tokens, :cache_write_tokens, :cache_write_1h_tokens,
+    :input_audio_tokens, :output_tokens, :reasoning_tokens, :output_audio_tokens, :quantity, :provider, :model,
+    :service_tier, :run_id, :request_id, :session_id, :attributes, :platform_paid, :billable, :estimated, :counted,
+    :late, :error, :latency_ms, :idempotency_key, :fingerprint, :source, :reason
+)
+
+-- name: insert_replay
+INSERT INTO replays (event_id, response, stored_at) VALUES (:event_id, :response, :stored_at)
+
+-- name: insert_log
+INSERT INTO request_log (
+    event_id, hold_id, account, key_id, line, operation, logged_at, request, response, error, latency_ms
+) VALUES (
+    :event_id, :hold_id, :account, :key_id, :line, :operation, :logged_at, :request, :response, :error, :latency_ms
+)
+
+-- name: find_event
+SELECT * FROM events WHERE event_id = :event_id
+
+-- name: find_newest_replacement
+SELECT * FROM events
+WHERE corrects = :original AND requests > 0
+ORDER BY seq DESC
+LIMIT 1
+
+-- name: find_plan_version
+SELECT plan, document FROM plan_versions WHERE plan_version = :plan_version

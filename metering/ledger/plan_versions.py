@@ -1,0 +1,130 @@
+"""Plans in the ledger: immutable versions, each in force from a moment on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import msgspec
+import sqlalchemy as sa
+
+from metering.errors import UnknownPlan
+from metering.ledger import admin_log
+from metering.ledger.schema import account_plans, plan_versions
+from metering.plans import BUILT_IN, Plan
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["EVER", "PlanVersion", "apply", "assigned_plan", "ensure", "in_force", "versions"]
+
+EVER = datetime(1970, 1, 1, tzinfo=UTC)
+"""When the first version of a plan, and the first plan of an account, began: before any usage."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanVersion:
+    """One immutable version of a plan."""
+
+    plan_version: int
+    """Unique over all plans; events carry it."""
+    version: int
+    """Counts from 1 for each plan."""
+    effective_from: datetime
+    plan: Plan
+
+
+def versions(connection: sa.Connection, plan: str | None = None) -> list[PlanVersion]:
+    """Every version, of one plan or of all, oldest first."""
+    query = sa.select(plan_versions).order_by(plan_versions.c.plan, plan_versions.c.version)
+    if plan is not None:
+        query = query.where(plan_versions.c.plan == plan)
+    return [
+        PlanVersion(
+            plan_version=row.plan_version,
+            version=row.version,
+            effective_from=row.effective_from,
+            plan=Plan.from_dict(row.plan, msgspec.json.decode(row.document)),
+        )
+        for row in connection.execute(query)
+    ]
+
+
+def in_force(connection: sa.Connection, account: str, at: datetime) -> PlanVersion | None:
+    """The version an account is on at a moment; None for an account that is not known."""
+    name = assigned_plan(connection, account, at)
+    if name is None:
+        return None
+    candidates = [version for version in versions(connection, name) if version.effective_from <= at]
+    return max(candidates, key=lambda version: (version.effective_from, version.version))
+
+
+def assigned_plan(connection: sa.Connection, account: str, at: datetime) -> str | None:
+    """The name of the plan an account is on at a moment."""
+    return connection.execute(
+        sa.select(account_plans.c.plan)
+        .where(account_plans.c.account == account, account_plans.c.effective_from <= at)
+        .order_by(account_plans.c.effective_from.desc())
+        .limit(1)
+    ).scalar()
+
+
+def ensure(connection: sa.Connection, plan: str, *, now: datetime, actor: str) -> None:
+    """Make sure a plan has a version, writing a built-in one at its first use. Raises `UnknownPlan`."""
+    known = set(connection.execute(sa.select(plan_versions.c.plan).distinct()).scalars())
+    if plan in known:
+        return
+    if plan not in BUILT_IN:
+        raise UnknownPlan(plan, sorted(known | BUILT_IN.keys()))
+    _write(connection, BUILT_IN[plan], 1, EVER, now, actor)
+
+
+def apply(
+    connection: sa.Connection,
+    plans: Iterable[Plan],
+    *,
+    now: datetime,
+    actor: str,
+    effective_from: datetime | None = None,
+) -> list[PlanVersion]:
+    """Write a new version of each plan that differs from its newest; returns those written.
+
+    A first version is in force since ever, a later one from `effective_from` (now unless said) on.
+    """
+    written = []
+    for plan in plans:
+        known = versions(connection, plan.name)
+        if known and known[-1].plan.digest == plan.digest:
+            continue
+        begins = EVER if not known else effective_from or now
+        written.append(_write(connection, plan, len(known) + 1, begins, now, actor))
+    return written
+
+
+def _write(
+    connection: sa.Connection, plan: Plan, version: int, effective_from: datetime, now: datetime, actor: str
+) -> PlanVersion:
+    result = connection.execute(
+        plan_versions.insert().values(
+            plan=plan.name,
+            version=version,
+            effective_from=effective_from,
+            digest=plan.digest,
+            document=msgspec.json.encode(plan.to_dict(), order="sorted").decode(),
+            created_at=now,
+        )
+    )
+    assert result.inserted_primary_key is not None
+    admin_log.note(
+        connection,
+        at=now,
+        actor=actor,
+        action="plan.apply",
+        subject=plan.name,
+        version=version,
+        effective_from=effective_from,
+        digest=plan.digest,
+    )
+    plan_version = int(result.inserted_primary_key[0])
+    return PlanVersion(plan_version=plan_version, version=version, effective_from=effective_from, plan=plan)

@@ -1,0 +1,79 @@
+"""How values lie in the ledger. SQLite has no exact numeric and no time type: both are text there."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+
+from sqlalchemy import Dialect, Numeric, String, Text
+from sqlalchemy.dialects.postgresql import TIMESTAMP
+from sqlalchemy.types import TypeDecorator, TypeEngine
+
+__all__ = ["ExactDecimal", "UtcDateTime", "decimal_text", "instant_text", "parse_instant"]
+
+INSTANT_LENGTH = 27
+
+
+def instant_text(at: datetime) -> str:
+    """An aware datetime as fixed-width text that sorts by time: `2023-11-16T18:17:03.979960Z`."""
+    return at.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
+
+
+def parse_instant(text: str) -> datetime:
+    """The datetime that `instant_text` wrote."""
+    return datetime.fromisoformat(text)
+
+
+def decimal_text(value: Decimal | int) -> str:
+    """A number as plain text in its shortest form: no exponent, no trailing zeros, no -0."""
+    if isinstance(value, int):
+        return str(value)
+    if not value:
+        return "0"
+    text = format(value, "f")
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """An aware UTC datetime. A naive one is refused."""
+
+    impl = String(INSTANT_LENGTH)
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        if dialect.name == "postgresql":
+            return dialect.type_descriptor(TIMESTAMP(timezone=True))
+        return dialect.type_descriptor(String(INSTANT_LENGTH))
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> Any:
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError(f"naive datetime {value!r}: the ledger keeps aware UTC times")
+        return value.astimezone(UTC) if dialect.name == "postgresql" else instant_text(value)
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:  # noqa: ARG002
+        if value is None:
+            return None
+        return value.astimezone(UTC) if isinstance(value, datetime) else parse_instant(value)
+
+
+class ExactDecimal(TypeDecorator[Decimal]):
+    """A Decimal that comes back digit for digit: text on SQLite, numeric(38,12) on Postgres."""
+
+    impl = Text
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        if dialect.name == "postgresql":
+            return dialect.type_descriptor(Numeric(38, 12))
+        return dialect.type_descriptor(Text())
+
+    def process_bind_param(self, value: Decimal | int | None, dialect: Dialect) -> Any:
+        if value is None or dialect.name == "postgresql":
+            return value
+        return decimal_text(value)
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> Decimal | None:  # noqa: ARG002
+        return None if value is None else Decimal(value)

@@ -1,0 +1,69 @@
+"""Settings: `METERING_*` variables, or the same names in a `.env` file of the working folder."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dotenv import dotenv_values
+
+from metering.errors import InvalidSetting
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["Settings"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Where things are. With nothing set, everything lies in one folder and no server is needed."""
+
+    home: Path = Path(".tallystick")
+    """METERING_HOME: the folder for what is local: ledger, warehouse, rejects, and `out/` with the reports."""
+    ledger_url: str = "sqlite:///.tallystick/ledger.db"
+    """METERING_LEDGER_URL: `sqlite:///FILE`."""
+    warehouse: Path = Path(".tallystick/warehouse.duckdb")
+    """METERING_WAREHOUSE: the DuckDB file."""
+    plans: Path = Path("plans.toml")
+    """METERING_PLANS: plans and rates; where the file is absent, the four default plans."""
+    timeout_s: float = 5.0
+    """METERING_TIMEOUT_MS: how long an admission may wait for its store, in milliseconds."""
+    key_pepper: str | None = None
+    """METERING_KEY_PEPPER: a secret mixed into the digests of API keys. Changing it makes every key unknown."""
+
+    def __repr__(self) -> str:
+        return f"Settings(home={str(self.home)!r}, ledger_url={self.ledger_url!r}, warehouse={str(self.warehouse)!r})"
+
+    @property
+    def out(self) -> Path:
+        """The folder of generated reports."""
+        return self.home / "out"
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
+        """Read the environment, and `.env` for what it does not set. Raises `InvalidSetting`."""
+        if environ is None:
+            in_file = {name: value for name, value in dotenv_values(".env").items() if value is not None}
+            environ = {**in_file, **os.environ}
+        home = Path(environ.get("METERING_HOME") or ".tallystick")
+        if environ.get("METERING_QUOTA_URL"):
+            raise InvalidSetting(
+                "METERING_QUOTA_URL", "a URL", "nothing: this version decides admissions in the ledger, not on Redis"
+            )
+        return cls(
+            home=home,
+            ledger_url=environ.get("METERING_LEDGER_URL") or f"sqlite:///{home / 'ledger.db'}",
+            warehouse=Path(environ.get("METERING_WAREHOUSE") or home / "warehouse.duckdb"),
+            plans=Path(environ.get("METERING_PLANS") or "plans.toml"),
+            timeout_s=_milliseconds("METERING_TIMEOUT_MS", environ.get("METERING_TIMEOUT_MS") or "5000") / 1000,
+            key_pepper=environ.get("METERING_KEY_PEPPER") or None,
+        )
+
+
+def _milliseconds(name: str, value: str) -> int:
+    if not value.isascii() or not value.isdigit() or not 1 <= int(value) <= 600_000:
+        raise InvalidSetting(name, value, "milliseconds, 1 to 600000")
+    return int(value)
