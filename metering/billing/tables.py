@@ -79,7 +79,7 @@ def exact_number(where: str, value: object) -> Decimal:
         raise InvalidPlan(where, f'got {value!r}, expected a number such as "2.50"')
     try:
         with localcontext(EXACT):
-            return checks.quantity(where, value) or Decimal(0)
+            return checks.quantity(where, value)
     except InvalidEvent as exc:
         raise InvalidPlan(where, f"got {value}, expected {exc.expected}") from None
 

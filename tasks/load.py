@@ -1,0 +1,38 @@
+"""The load: ledger rows into the warehouse, in an interpreter of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from prefect import task
+
+from tasks.warehouse import WarehouseError
+
+__all__ = ["load_ledger"]
+
+ROOT = Path(__file__).parent.parent
+
+
+@task
+def load_ledger(ledger: Path, warehouse: Path) -> dict[str, int]:
+    """Load what is new; returns `loaded` events and the `watermark` reached. Raises `WarehouseError`.
+
+    A fresh interpreter, never a fork: see `tasks.load_worker`.
+    """
+    worker = subprocess.run(
+        [sys.executable, "-m", "tasks.load_worker", str(ledger.absolute()), str(warehouse.absolute())],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    try:
+        answer = json.loads(worker.stdout)
+    except json.JSONDecodeError:
+        raise WarehouseError(f"the load ended with status {worker.returncode}: {worker.stderr[-2000:]}") from None
+    if "error" in answer:
+        raise WarehouseError(answer["error"])
+    return dict(answer)

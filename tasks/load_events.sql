@@ -1,0 +1,45 @@
+-- New ledger rows, ($above, $up_to] by seq. sqlite_query runs inside SQLite, on the primary key, so the cost follows
+-- the batch and not the history; it hands everything over as text.
+INSERT INTO warehouse.usage_events
+SELECT
+    e.seq::BIGINT,
+    e.event_id::UUID,
+    e.kind,
+    e.corrects::UUID,
+    e.account,
+    e.key_id,
+    e.plan_version::INTEGER,
+    e.line,
+    e.operation,
+    e.caller_type,
+    e.occurred_at::TIMESTAMPTZ,
+    e.recorded_at::TIMESTAMPTZ,
+    e.period,
+    e.requests::INTEGER,
+    e.input_tokens::BIGINT,
+    e.cache_read_tokens::BIGINT,
+    e.cache_write_tokens::BIGINT,
+    e.cache_write_1h_tokens::BIGINT,
+    e.input_audio_tokens::BIGINT,
+    e.output_tokens::BIGINT,
+    e.reasoning_tokens::BIGINT,
+    e.output_audio_tokens::BIGINT,
+    e.quantity::DECIMAL(38, 12),
+    e.provider,
+    e.model,
+    e.service_tier,
+    e.run_id,
+    e.request_id,
+    e.platform_paid::BOOLEAN,
+    e.billable::BOOLEAN,
+    e.estimated::BOOLEAN,
+    e.late::BOOLEAN,
+    e.idempotency_key,
+    e.source,
+    c.cost::DECIMAL(38, 12)
+FROM sqlite_query(
+    'ledger', 'SELECT * FROM events WHERE seq > ? AND seq <= ?', params = row($above::BIGINT, $up_to::BIGINT)
+) AS e
+JOIN sqlite_query(
+    'ledger', 'SELECT seq, cost FROM event_costs WHERE seq > ? AND seq <= ?', params = row($above::BIGINT, $up_to::BIGINT)
+) AS c ON c.seq = e.seq;

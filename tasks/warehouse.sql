@@ -1,0 +1,71 @@
+-- The warehouse: derived from the ledger, so it can be dropped and rebuilt. Kept to what DuckLake has too: no keys, no
+-- unique constraints, no sequences. Exactly-once comes from the watermark, moved in the transaction that adds the rows.
+
+CREATE TABLE IF NOT EXISTS load_watermark (
+    ledger_id VARCHAR NOT NULL,
+    seq BIGINT NOT NULL
+);
+
+CREATE TABLE IF NOT EXISTS usage_events (
+    seq BIGINT NOT NULL,
+    event_id UUID NOT NULL,
+    kind VARCHAR NOT NULL,
+    corrects UUID,
+    account VARCHAR NOT NULL,
+    key_id VARCHAR,
+    plan_version INTEGER NOT NULL,
+    line VARCHAR NOT NULL,
+    operation VARCHAR,
+    caller_type VARCHAR NOT NULL,
+    occurred_at TIMESTAMPTZ NOT NULL,
+    recorded_at TIMESTAMPTZ NOT NULL,
+    period VARCHAR NOT NULL,
+    requests INTEGER NOT NULL,
+    input_tokens BIGINT NOT NULL,
+    cache_read_tokens BIGINT NOT NULL,
+    cache_write_tokens BIGINT NOT NULL,
+    cache_write_1h_tokens BIGINT NOT NULL,
+    input_audio_tokens BIGINT NOT NULL,
+    output_tokens BIGINT NOT NULL,
+    reasoning_tokens BIGINT NOT NULL,
+    output_audio_tokens BIGINT NOT NULL,
+    quantity DECIMAL(38, 12) NOT NULL,
+    provider VARCHAR,
+    model VARCHAR,
+    service_tier VARCHAR,
+    run_id VARCHAR,
+    request_id VARCHAR,
+    platform_paid BOOLEAN NOT NULL,
+    billable BOOLEAN NOT NULL,
+    estimated BOOLEAN NOT NULL,
+    late BOOLEAN NOT NULL,
+    idempotency_key VARCHAR,
+    source VARCHAR,
+    cost DECIMAL(38, 12)
+);
+
+-- Delta rows: each load appends the sums of its own batch, so a quarter hour may have several rows to be added up.
+CREATE TABLE IF NOT EXISTS usage_15m (
+    quarter TIMESTAMPTZ NOT NULL,
+    account VARCHAR NOT NULL,
+    plan_version INTEGER NOT NULL,
+    line VARCHAR NOT NULL,
+    provider VARCHAR,
+    model VARCHAR,
+    service_tier VARCHAR,
+    caller_type VARCHAR NOT NULL,
+    period VARCHAR NOT NULL,
+    billable BOOLEAN NOT NULL,
+    requests BIGINT NOT NULL,
+    input_tokens BIGINT NOT NULL,
+    cache_read_tokens BIGINT NOT NULL,
+    cache_write_tokens BIGINT NOT NULL,
+    cache_write_1h_tokens BIGINT NOT NULL,
+    input_audio_tokens BIGINT NOT NULL,
+    output_tokens BIGINT NOT NULL,
+    reasoning_tokens BIGINT NOT NULL,
+    output_audio_tokens BIGINT NOT NULL,
+    quantity DECIMAL(38, 12) NOT NULL,
+    cost DECIMAL(38, 12) NOT NULL,
+    unpriced_requests BIGINT NOT NULL
+);
