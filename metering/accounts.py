@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from metering.ledger import Ledger
 
-__all__ = ["Account", "Accounts", "ApiKey", "Keys", "NewKey", "key_digest"]
+__all__ = ["Account", "Accounts", "ApiKey", "Keys", "NewKey", "key_digest", "list_accounts"]
 
 MIN_SECRET = 16
 MAX_SECRET = 512
@@ -136,8 +136,7 @@ class Accounts:
     def list(self) -> list[Account]:
         """Every account, by name."""
         with self._ledger.read() as connection:
-            names = connection.execute(sa.select(accounts.c.account).order_by(accounts.c.account)).scalars().all()
-            return [self._get(connection, name) for name in names]
+            return list_accounts(connection, self._clock())
 
     def change_plan(self, account: str, plan: str) -> Account:
         """Put the account on another plan from now on: its limits change at once."""
@@ -365,6 +364,13 @@ def key_digest(secret: str, pepper: str | None) -> str:
 
 def _with_secret(key: ApiKey, secret: str) -> NewKey:
     return NewKey(secret=secret, **{f.name: getattr(key, f.name) for f in fields(ApiKey)})
+
+
+def list_accounts(connection: sa.Connection, now: datetime) -> list[Account]:
+    """Within a transaction: every account, by name."""
+    names = connection.execute(sa.select(accounts.c.account).order_by(accounts.c.account)).scalars().all()
+    found = (_find_account(connection, name, now) for name in names)
+    return [account for account in found if account is not None]
 
 
 def _find_account(connection: sa.Connection, account: str, now: datetime) -> Account | None:

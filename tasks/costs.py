@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from decimal import Decimal
 from functools import cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
 
 import sqlalchemy as sa
 from prefect import task
@@ -18,6 +16,8 @@ from metering.ledger.schema import event_costs, events
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from datetime import datetime
+    from uuid import UUID
 
 __all__ = ["cost_events", "provider_cost"]
 
@@ -82,7 +82,7 @@ def _cost_batch(ledger: Ledger, costed_at: datetime) -> int:
         newest = connection.execute(sa.select(sa.func.max(event_costs.c.seq))).scalar() or 0
         rows = connection.execute(
             sa.select(events).where(events.c.seq > newest).order_by(events.c.seq).limit(EVENTS_PER_COMMIT)
-        ).mappings()
+        )
         costs = [
             {
                 "seq": event["seq"],
@@ -90,11 +90,15 @@ def _cost_batch(ledger: Ledger, costed_at: datetime) -> int:
                 "price_version": price_version(),
                 "costed_at": costed_at,
             }
-            for event in rows
+            for event in map(_by_name, rows)
         ]
         if costs:
             connection.execute(event_costs.insert(), costs)
     return len(costs)
+
+
+def _by_name(row: sa.Row[Any]) -> dict[str, Any]:
+    return row._asdict()
 
 
 def _cost_of_reversed(connection: sa.Connection, reversal: Mapping[str, Any]) -> Decimal | None:

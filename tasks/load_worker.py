@@ -1,4 +1,4 @@
-"""Copies new ledger rows into the warehouse. Runs as a process of its own: `python -m tasks.load_worker LEDGER WAREHOUSE`.
+"""Copies new ledger rows into the warehouse: `python -m tasks.load_worker LEDGER WAREHOUSE`, a process of its own.
 
 DuckDB's scanner carries its own copy of SQLite, and two copies in one process drop each other's POSIX locks on the
 ledger (sqlite.org/howtocorrupt.html, 2.2.1). So this interpreter opens the ledger through DuckDB and in no other way,
@@ -44,7 +44,7 @@ def load(ledger: Path, warehouse: Path) -> dict[str, int]:
     loaded = 0
     with open_for_writing(warehouse) as connection, _attached_ledger(connection, ledger):
         watermark = _watermark(connection)
-        newest = _scalar(connection, "SELECT coalesce(max(seq), 0) FROM event_costs")
+        newest = int(_asked(connection, "SELECT coalesce(max(seq), 0) FROM event_costs"))
         if newest < watermark:
             raise WarehouseError(
                 f"ledger {ledger} ends at event {newest}, the warehouse has seen {watermark}: the ledger went backwards. "
@@ -66,21 +66,22 @@ def load(ledger: Path, warehouse: Path) -> dict[str, int]:
 
 def _watermark(connection: duckdb.DuckDBPyConnection) -> int:
     """The newest event in the warehouse, which belongs to one ledger and no other."""
-    ledger_id = connection.execute("SELECT * FROM sqlite_query('ledger', 'SELECT ledger_id FROM ledger_info')").fetchall()
+    ledger_id = _asked(connection, "SELECT ledger_id FROM ledger_info")
     row = connection.execute("SELECT ledger_id, seq FROM load_watermark").fetchone()
     if row is None:
-        connection.execute("INSERT INTO load_watermark VALUES ($ledger_id, 0)", {"ledger_id": ledger_id[0][0]})
+        connection.execute("INSERT INTO load_watermark VALUES ($ledger_id, 0)", {"ledger_id": ledger_id})
         return 0
-    if row[0] != ledger_id[0][0]:
+    if row[0] != ledger_id:
         raise WarehouseError(
-            f"the warehouse was loaded from ledger {row[0]}, not from {ledger_id[0][0]}: "
+            f"the warehouse was loaded from ledger {row[0]}, not from {ledger_id}: "
             "point METERING_WAREHOUSE elsewhere, or run `python -m flows rebuild`"
         )
     return int(row[1])
 
 
-def _scalar(connection: duckdb.DuckDBPyConnection, query: str) -> int:
-    return int(connection.execute(f"SELECT * FROM sqlite_query('ledger', '{query}')").fetchall()[0][0])
+def _asked(connection: duckdb.DuckDBPyConnection, query: str) -> str:
+    """The one value a query on the ledger answers, as text."""
+    return str(connection.execute("SELECT * FROM sqlite_query('ledger', $query)", {"query": query}).fetchall()[0][0])
 
 
 def main(arguments: list[str]) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+from uuid import uuid4
+
 import sqlalchemy as sa
 from alembic import op
 
@@ -148,12 +151,14 @@ def upgrade() -> None:
         sqlite_where=sa.text("state = 'open'"),
         postgresql_where=sa.text("state = 'open'"),
     )
-    op.create_table(
+    ledger_info = op.create_table(
         "ledger_info",
         sa.Column("ledger_id", sa.Uuid(), nullable=False),
         sa.Column("created_at", types.UtcDateTime(length=27), nullable=False),
         sa.PrimaryKeyConstraint("ledger_id", name=op.f("pk_ledger_info")),
     )
+    assert ledger_info is not None
+    op.bulk_insert(ledger_info, [{"ledger_id": uuid4(), "created_at": datetime.now(UTC)}])
     op.create_table(
         "plan_versions",
         sa.Column("plan_version", sa.Integer(), nullable=False),

@@ -1,0 +1,87 @@
+"""`python -m flows COMMAND`: every job by name, and the proofs of what they made."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from flows.command import call
+
+app = typer.Typer(
+    help="Tallystick's jobs. Settings are METERING_* variables; nothing needs a server.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Period = Annotated[
+    str | None, typer.Option(help="The month the billing periods start in, YYYY-MM; last month unless said.")
+]
+
+
+class Subject(StrEnum):
+    """What can be verified."""
+
+    rollups = "rollups"
+    invoice = "invoice"
+
+
+@app.command("aggregate-usage")
+def aggregate_usage() -> None:
+    """Cost new events and load them into the warehouse."""
+    from flows.aggregate_usage import aggregate_usage as flow  # noqa: PLC0415
+
+    sys.exit(call(flow))
+
+
+@app.command("bill-period")
+def bill_period(period: Period = None) -> None:
+    """Write invoices and the index page of a period that is already aggregated."""
+    from flows.bill_period import bill_period as flow  # noqa: PLC0415
+
+    sys.exit(call(flow, period=period))
+
+
+@app.command("billing-cycle")
+def billing_cycle(period: Period = None) -> None:
+    """Aggregate, then bill a period."""
+    from flows.billing_cycle import billing_cycle as flow  # noqa: PLC0415
+
+    sys.exit(call(flow, period=period))
+
+
+@app.command()
+def rebuild() -> None:
+    """Make the warehouse anew from the ledger."""
+    from flows.rebuild import rebuild as flow  # noqa: PLC0415
+
+    sys.exit(call(flow))
+
+
+@app.command()
+def verify(subject: Subject, period: Period = None) -> None:
+    """Compute again from the ledger's own events, and compare with the rollups or with the invoice files."""
+    from flows.places import Places, billed_month  # noqa: PLC0415
+    from tasks.verify import invoice_differences, rollup_differences  # noqa: PLC0415
+
+    def compare() -> list[str]:
+        places = Places.from_env()
+        month = billed_month(period, places.now())
+        if subject is Subject.rollups:
+            return rollup_differences(places.ledger_url, places.warehouse, month)
+        return invoice_differences(places.ledger_url, places.out, month)
+
+    differences: list[str] = []
+    status = call(lambda: differences.extend(compare()))
+    for difference in differences:
+        print(difference)
+    if status == 0 and not differences:
+        print(f"{subject}: no differences")
+    sys.exit(status or (1 if differences else 0))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,44 @@
+"""Flows as commands: `python -m flows.NAME --option VALUE`."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from metering.errors import MeteringError
+from tasks.warehouse import WarehouseError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["call", "run"]
+
+
+def run(flow: Any) -> None:
+    """Run a flow with its parameters read from the command line, print its result, and exit."""
+    parser = ArgumentParser(prog=f"python -m flows.{flow.fn.__name__}", description=inspect.getdoc(flow.fn))
+    for name in inspect.signature(flow.fn).parameters:
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=name)
+    sys.exit(call(flow, **vars(parser.parse_args())))
+
+
+def call(job: Callable[..., Any], **parameters: Any) -> int:
+    """Call a job, print its result, and return the exit status. What it says is wrong is said without a traceback."""
+    # A flow's own log goes to Prefect; on the terminal its traceback would bury what the error says.
+    for name in ("prefect", "prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        result = job(**parameters)
+    except (MeteringError, WarehouseError) as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        return 1
+    if isinstance(result, dict):
+        print(json.dumps(result))
+    elif isinstance(result, Path):
+        print(result.absolute())
+    return 0

@@ -1,0 +1,50 @@
+"""Where a flow finds its ledger and warehouse, and what time it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+from metering.ledger import Ledger
+from metering.settings import Settings
+from metering.windows import period_of_month
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["Places", "billed_month"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """The settings a flow needs, checked: the ledger is there, and of this schema."""
+
+    ledger_url: str
+    ledger: Path
+    warehouse: Path
+    out: Path
+
+    @classmethod
+    def from_env(cls) -> Places:
+        """Read METERING_* settings. Raises what opening the ledger raises."""
+        settings = Settings.from_env()
+        ledger = Ledger(settings.ledger_url, timeout_s=settings.timeout_s)
+        ledger.close()
+        return cls(ledger_url=settings.ledger_url, ledger=ledger.path, warehouse=settings.warehouse, out=settings.out)
+
+    def now(self) -> datetime:
+        """The wall clock."""
+        return datetime.now(UTC)
+
+
+def billed_month(period: str | None, now: datetime) -> str:
+    """The month to bill: `period`, checked to be `YYYY-MM`, else the one before `now`. Raises `InvalidSetting`."""
+    month = period or _previous_month(now)
+    period_of_month(month, time_zone="UTC", anchor_day=1)
+    return month
+
+
+def _previous_month(now: datetime) -> str:
+    """The month before `now`, as `YYYY-MM`."""
+    return (now.replace(day=1) - timedelta(days=1)).strftime("%Y-%m")

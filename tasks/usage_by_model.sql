@@ -1,0 +1,12 @@
+-- Billable usage of a period by model.
+SELECT
+    provider,
+    model,
+    sum(requests)::BIGINT AS requests,
+    sum(input_tokens)::BIGINT AS input_tokens,
+    sum(output_tokens)::BIGINT AS output_tokens,
+    sum(cost) AS cost
+FROM usage_15m
+WHERE period = $period AND billable AND model IS NOT NULL
+GROUP BY ALL
+ORDER BY ALL;
