@@ -6,6 +6,7 @@ from prefect import flow
 
 from flows.command import run
 from flows.places import Places
+from metering.clock import utc_now
 from tasks.costs import cost_events
 from tasks.load import load_ledger
 
@@ -16,7 +17,7 @@ __all__ = ["aggregate_usage"]
 def aggregate_usage() -> dict[str, int]:
     """Bring the warehouse up to the ledger. Returns how many events were `costed` and `loaded`, and the `watermark`."""
     places = Places.from_env()
-    costed = cost_events(places.ledger_url, places.now())
+    costed = cost_events(places.ledger_url, utc_now())
     return {"costed": costed, **load_ledger(places.ledger, places.warehouse)}
 
 

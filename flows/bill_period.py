@@ -8,6 +8,7 @@ from prefect import flow
 
 from flows.command import run
 from flows.places import Places, billed_month
+from metering.clock import utc_now
 from tasks.bills import write_index, write_invoices
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def bill_period(period: str | None = None) -> Path:
     An account that cannot be billed does not keep the others from it: the index lists it with the reason.
     """
     places = Places.from_env()
-    month = billed_month(period, places.now())
+    month = billed_month(period, utc_now())
     problems = write_invoices(places.ledger_url, places.warehouse, places.out, month)
     return write_index(places.warehouse, places.out, month, problems)
 

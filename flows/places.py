@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 from metering.ledger import Ledger
@@ -32,10 +32,6 @@ class Places:
         ledger = Ledger(settings.ledger_url, timeout_s=settings.timeout_s)
         ledger.close()
         return cls(ledger_url=settings.ledger_url, ledger=ledger.path, warehouse=settings.warehouse, out=settings.out)
-
-    def now(self) -> datetime:
-        """The wall clock."""
-        return datetime.now(UTC)
 
 
 def billed_month(period: str | None, now: datetime) -> str:

@@ -6,6 +6,7 @@ from prefect import flow
 
 from flows.command import run
 from flows.places import Places
+from metering.clock import utc_now
 from tasks.costs import cost_events
 from tasks.rebuild import rebuild_warehouse
 
@@ -16,7 +17,7 @@ __all__ = ["rebuild"]
 def rebuild() -> dict[str, int]:
     """Replace the warehouse by a new one, loaded from the first event on."""
     places = Places.from_env()
-    costed = cost_events(places.ledger_url, places.now())
+    costed = cost_events(places.ledger_url, utc_now())
     return {"costed": costed, **rebuild_warehouse(places.ledger, places.warehouse)}
 
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Unpack
 from metering import checks, corrections
 from metering.accounts import Accounts, Keys
 from metering.admission.protocol import Admission
-from metering.admission.sql import SqlStore, utc_now
+from metering.admission.sql import SqlStore
 from metering.bodies import bodies_of, masked_error, refuse_secret
+from metering.clock import utc_now
 from metering.errors import InvalidEvent, InvalidSetting
 from metering.events import (
     Call,
@@ -54,8 +55,9 @@ _meters: weakref.WeakSet[Meter] = weakref.WeakSet()
 class Meter:
     """Keys, quotas and usage events of one ledger. Thread-safe, survives fork, and is a context manager.
 
-    `ledger_url` is `sqlite:///FILE`; a ledger that is not there is created, with the plans of `plans` (a TOML file)
-    where that exists. `clock` is the time of every decision. `actor` is named in the admin log.
+    `ledger_url` is `sqlite:///FILE`; a ledger that is not there is created (unless `create` is False), with the
+    plans of `plans` (a TOML file) where that exists. `clock` is the time of every decision; `actor` is who the admin
+    log names.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Meter:
         ledger_url: str,
         *,
         plans: Path | None = None,
+        create: bool = True,
         timeout_s: float = 5.0,
         key_pepper: str | None = None,
         clock: Callable[[], datetime] = utc_now,
@@ -70,7 +73,7 @@ class Meter:
         hold_ttl_s: float = HOLD_TTL_S,
         strict_signals: bool = False,
     ) -> None:
-        self.ledger = Ledger(ledger_url, timeout_s=timeout_s, create=True)
+        self.ledger = Ledger(ledger_url, timeout_s=timeout_s, create=create)
         self.accounts = Accounts(self.ledger, clock=clock, actor=actor)
         self.keys = Keys(self.ledger, self.accounts, clock=clock, actor=actor, pepper=key_pepper)
         self.dropped = 0
@@ -86,14 +89,16 @@ class Meter:
         _meters.add(self)
 
     @classmethod
-    def from_env(cls) -> Meter:
+    def from_env(cls, *, create: bool = True, actor: str = "app") -> Meter:
         """A meter as the METERING_* settings say; with none set, one SQLite file in `.tallystick`."""
         settings = Settings.from_env()
         return cls(
             settings.ledger_url,
             plans=settings.plans,
             timeout_s=settings.timeout_s,
+            create=create,
             key_pepper=settings.key_pepper,
+            actor=actor,
         )
 
     def authenticate(self, api_key: str) -> ApiKey:

@@ -12,8 +12,8 @@ from urllib.parse import quote
 from prefect import task
 
 from metering.accounts import list_accounts
-from metering.admission.sql import utc_now
 from metering.billing.invoices import Invoice, UsageSum, build_invoice
+from metering.clock import utc_now
 from metering.errors import MeteringError
 from metering.ledger import Ledger, plan_versions
 from metering.windows import period_of_month

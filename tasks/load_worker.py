@@ -47,7 +47,7 @@ def load(ledger: Path, warehouse: Path) -> dict[str, int]:
         newest = int(_asked(connection, "SELECT coalesce(max(seq), 0) FROM event_costs"))
         if newest < watermark:
             raise WarehouseError(
-                f"ledger {ledger} ends at event {newest}, the warehouse has seen {watermark}: the ledger went backwards. "
+                f"ledger {ledger} ends at event {newest}, but the warehouse has {watermark}: the ledger went backwards. "
                 "Restore the ledger, or run `python -m flows rebuild`"
             )
         while watermark < newest:

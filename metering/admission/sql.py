@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from uuid import UUID
@@ -26,6 +26,7 @@ from metering.admission.decide import (
 from metering.admission.protocol import Appended, Decision, HoldTicket, LimitStatus, Settled
 from metering.admission.rows import event_row, log_row
 from metering.admission.statements import statements
+from metering.clock import utc_now
 from metering.errors import (
     IdempotencyConflict,
     IdempotencyInProgress,
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from metering.events import Call, UsageEvent
     from metering.ledger import Ledger
 
-__all__ = ["SqlStore", "utc_now"]
+__all__ = ["SqlStore"]
 
 _SQL = statements("sqlite")
 
@@ -56,11 +57,6 @@ EXPIRED_PER_ADMISSION = 16
 EXPIRED_PER_SWEEP = 1_000
 REPLAY_KEPT = timedelta(hours=24)
 LAST_USED_PRECISION = timedelta(minutes=1)
-
-
-def utc_now() -> datetime:
-    """The wall clock, aware and in UTC."""
-    return datetime.now(UTC)
 
 
 class _Account(NamedTuple):

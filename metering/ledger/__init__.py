@@ -29,12 +29,14 @@ _ledgers: weakref.WeakSet[Ledger] = weakref.WeakSet()
 
 
 class Ledger:
-    """The ledger at a URL (`sqlite:///FILE`). Opening checks its schema; `create` makes and migrates it first.
+    """The ledger at a URL (`sqlite:///FILE`).
+
+    Opening checks its schema. `create` makes a ledger that is not there, `upgrade` migrates an older one.
 
     Cold queries go through `read()` and `write()` (SQLAlchemy Core); the admission path through `writer`.
     """
 
-    def __init__(self, url: str, *, timeout_s: float = 5.0, create: bool = False) -> None:
+    def __init__(self, url: str, *, timeout_s: float = 5.0, create: bool = False, upgrade: bool = False) -> None:
         if not url.startswith(_SQLITE) or len(url) == len(_SQLITE):
             raise InvalidSetting("METERING_LEDGER_URL", _without_password(url), "sqlite:///FILE")
         self.path = Path(url.removeprefix(_SQLITE))
@@ -46,6 +48,8 @@ class Ledger:
             if not self.path.exists() or self.revision() is None:
                 self.migrate()
                 self.is_new = True
+        if upgrade:
+            self.migrate()
         self._check_schema()
         _ledgers.add(self)
 

@@ -1,0 +1,510 @@
+"""`tallystick`: the library's command line. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from metering.errors import InvalidSetting, MeteringError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from metering.meter import Meter
+
+__all__ = ["app", "main"]
+
+# Rich help costs a quarter of a second at every --help.
+_GROUP: dict[str, Any] = {
+    "no_args_is_help": True,
+    "pretty_exceptions_enable": False,
+    "add_completion": False,
+    "rich_markup_mode": None,
+}
+app = typer.Typer(
+    help="Metering, quotas and billing facts for LLM-backed APIs. Settings are METERING_* variables; with none set, "
+    "everything lies in .tallystick.",
+    **_GROUP,
+)
+plans = typer.Typer(help="Plans and rates: immutable versions in the ledger.", **_GROUP)
+accounts = typer.Typer(help="Who is billed.", **_GROUP)
+keys = typer.Typer(help="API keys of accounts.", **_GROUP)
+app.add_typer(plans, name="plans")
+app.add_typer(accounts, name="accounts")
+app.add_typer(keys, name="keys")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+Account = Annotated[str, typer.Argument(help="The account.")]
+Start = Annotated[str | None, typer.Option(help="From this time on: 2023-11-01 or 2023-11-01T12:00Z; UTC unless said.")]
+End = Annotated[str | None, typer.Option(help="Before this time.")]
+Plan = Annotated[str, typer.Option(help="The plan's name.")]
+TimeZone = Annotated[str, typer.Option(help="IANA time zone in which billing periods begin.")]
+AnchorDay = Annotated[int, typer.Option(help="Day of the month on which billing periods begin, 1 to 31.")]
+Name = Annotated[str | None, typer.Option(help="The name on invoices.")]
+Address = Annotated[list[str] | None, typer.Option(help="A line of the address block; repeat for more.")]
+Label = Annotated[str | None, typer.Option(help="What the key is for.")]
+
+REJECTED = 3
+"""Exit status of an import that kept the good rows and refused others."""
+
+
+def main() -> None:
+    """Run the command line. What is wrong is said in one line, without a traceback."""
+    try:
+        app()
+    except MeteringError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        sys.exit(1)
+
+
+@app.command()
+def init() -> None:
+    """Create the ledger, with the plans of plans.toml where that file exists."""
+    from metering.settings import Settings
+
+    with _meter(create=True) as meter:
+        done = "created" if meter.ledger.is_new else "is there already"
+        typer.echo(f"ledger {meter.ledger.path} {done}")
+        settings = Settings.from_env()
+        source = f"from {settings.plans}" if settings.plans.exists() else "built in: free, pro, premium, enterprise"
+        if meter.ledger.is_new:
+            typer.echo(f"plans {source}")
+
+
+@app.command()
+def migrate() -> None:
+    """Bring the ledger's schema to the one this version needs."""
+    from metering.ledger import SCHEMA, Ledger
+    from metering.settings import Settings
+
+    settings = Settings.from_env()
+    ledger = Ledger(settings.ledger_url, timeout_s=settings.timeout_s, upgrade=True)
+    ledger.close()
+    typer.echo(f"ledger {ledger.path} is at schema {SCHEMA}")
+
+
+@plans.command("apply")
+def plans_apply(
+    file: Annotated[Path | None, typer.Argument(help="The plans; METERING_PLANS or plans.toml unless said.")] = None,
+    effective_from: Annotated[
+        str | None, typer.Option(help="When new versions come into force; now unless said.")
+    ] = None,
+) -> None:
+    """Write a new version of every plan that differs from its newest. A plan's first version holds since ever."""
+    from metering.ledger import plan_versions
+    from metering.plans import parse_plans
+    from metering.settings import Settings
+
+    path = file or Settings.from_env().plans
+    try:
+        parsed = parse_plans(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as exc:
+        raise InvalidSetting("plans", str(path), f"a readable file ({exc})") from exc
+    with _meter() as meter, meter.ledger.write() as connection:
+        written = plan_versions.apply(
+            connection,
+            parsed.values(),
+            now=datetime.now(UTC),
+            actor=_actor(),
+            effective_from=_instant("--effective-from", effective_from),
+        )
+    for version in written:
+        typer.echo(f"plan {version.plan.name}: version {version.version} from {version.effective_from:%Y-%m-%d %H:%M}Z")
+    if not written:
+        typer.echo("nothing to do: every plan is in the ledger as it stands in the file")
+
+
+@plans.command("list")
+def plans_list(as_json: AsJson = False) -> None:
+    """Every version of every plan; built-in plans are written at their first use."""
+    from metering.ledger import plan_versions
+    from metering.plans import BUILT_IN
+
+    with _meter() as meter, meter.ledger.read() as connection:
+        found = plan_versions.versions(connection)
+    rows = [
+        {
+            "plan": version.plan.name,
+            "version": version.version,
+            "effective_from": version.effective_from,
+            "limits": [str(limit) for limit in version.plan.limits],
+            "rates": [str(rate) for rate in version.plan.rates],
+        }
+        for version in found
+    ]
+    known = {version.plan.name for version in found}
+    rows += [
+        {
+            "plan": name,
+            "version": "built in",
+            "effective_from": None,
+            "limits": [str(limit) for limit in plan.limits],
+            "rates": [],
+        }
+        for name, plan in BUILT_IN.items()
+        if name not in known
+    ]
+    _show(rows, as_json)
+
+
+@accounts.command("create")
+def accounts_create(
+    account: Account,
+    plan: Plan,
+    name: Name = None,
+    address: Address = None,
+    time_zone: TimeZone = "UTC",
+    anchor_day: AnchorDay = 1,
+    active_from: Annotated[str | None, typer.Option(help="Base fees are prorated from here; else since ever.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Create an account."""
+    with _meter() as meter:
+        created = meter.accounts.create(
+            account,
+            plan=plan,
+            name=name,
+            address=tuple(address or ()),
+            time_zone=time_zone,
+            anchor_day=anchor_day,
+            active_from=_instant("--active-from", active_from),
+        )
+    _show([_fields(created)], as_json)
+
+
+@accounts.command("list")
+def accounts_list(as_json: AsJson = False) -> None:
+    """Every account."""
+    with _meter() as meter:
+        _show([_fields(account) for account in meter.accounts.list()], as_json)
+
+
+@accounts.command("change-plan")
+def accounts_change_plan(account: Account, plan: Plan) -> None:
+    """Put an account on another plan from now on."""
+    with _meter() as meter:
+        typer.echo(f"account {account} is on plan {meter.accounts.change_plan(account, plan).plan}")
+
+
+@accounts.command("update")
+def accounts_update(
+    account: Account,
+    name: Name = None,
+    address: Address = None,
+    time_zone: Annotated[str | None, typer.Option(help="Only while there is no usage.")] = None,
+    anchor_day: Annotated[int | None, typer.Option(help="Only while there is no usage.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Change an account's name, address, time zone or anchor day."""
+    with _meter() as meter:
+        updated = meter.accounts.update(
+            account,
+            name=name,
+            address=None if address is None else tuple(address),
+            time_zone=time_zone,
+            anchor_day=anchor_day,
+        )
+    _show([_fields(updated)], as_json)
+
+
+@keys.command("create")
+def keys_create(
+    account: Account,
+    plan: Annotated[str | None, typer.Option(help="The plan, where the account is new.")] = None,
+    label: Label = None,
+    as_json: AsJson = False,
+) -> None:
+    """Issue a key. Its secret is shown now, and never again."""
+    with _meter() as meter:
+        key = meter.keys.create(account, plan=plan, label=label)
+    _show([{"key_id": key.key_id, "account": key.account, "plan": key.plan, "secret": key.secret}], as_json)
+
+
+@keys.command("adopt")
+def keys_adopt(
+    account: Account,
+    plan: Annotated[str | None, typer.Option(help="The plan, where the account is new.")] = None,
+    label: Label = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take over a key issued elsewhere; its secret is read from standard input."""
+    secret = typer.prompt("secret", hide_input=True) if sys.stdin.isatty() else sys.stdin.readline().rstrip("\r\n")
+    with _meter() as meter:
+        _show([_fields(meter.keys.adopt(secret, account, plan=plan, label=label))], as_json)
+
+
+@keys.command("list")
+def keys_list(
+    account: Annotated[str | None, typer.Argument(help="Of one account; of all unless said.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Keys, without their secrets."""
+    with _meter() as meter:
+        _show([_fields(key) for key in meter.keys.list(account)], as_json)
+
+
+@keys.command("revoke")
+def keys_revoke(key_id: Annotated[str, typer.Argument(help="The key's id, key_...")]) -> None:
+    """Deactivate a key now."""
+    with _meter() as meter:
+        typer.echo(f"key {meter.keys.revoke(key_id).key_id} is revoked")
+
+
+@keys.command("rotate")
+def keys_rotate(
+    key_id: Annotated[str, typer.Argument(help="The key's id, key_...")],
+    grace_hours: Annotated[float, typer.Option(help="How long the old key still works, in hours.")] = 24.0,
+    as_json: AsJson = False,
+) -> None:
+    """Issue a successor; the old key works until the grace time is over."""
+    with _meter() as meter:
+        key = meter.keys.rotate(key_id, grace=timedelta(hours=grace_hours))
+    _show([{"key_id": key.key_id, "account": key.account, "plan": key.plan, "secret": key.secret}], as_json)
+
+
+@app.command("import")
+def import_files(
+    files: Annotated[list[Path], typer.Argument(help="CSV, JSON lines (.jsonl, .ndjson) or Parquet files.")],
+    mapping: Annotated[
+        list[str] | None,
+        typer.Option("--map", help="FIELD=COLUMN, several with commas: occurred_at=TIMESTAMP,model=Model."),
+    ] = None,
+    account: Annotated[str | None, typer.Option(help="The account of every row.")] = None,
+    line: Annotated[str | None, typer.Option(help="The line of every row.")] = None,
+    provider: Annotated[str | None, typer.Option(help="The provider of every row.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model of every row.")] = None,
+    plan: Annotated[str | None, typer.Option(help="The plan of accounts that are new.")] = None,
+    source: Annotated[
+        str | None, typer.Option(help="Tells equal rows of two systems apart; else the file's stem.")
+    ] = None,
+    rejects: Annotated[Path | None, typer.Option(help="Folder for refused rows; else METERING_HOME/rejects.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Import usage. The same file twice changes nothing, and a killed import is finished by running it again.
+
+    Columns that have a field's name need no --map. Exit status 3: some rows were refused, the others are kept.
+    """
+    from metering.clock import utc_now
+    from metering.importing import Importer
+    from metering.settings import Settings
+
+    given = {"account": account, "line": line, "provider": provider, "model": model, "plan": plan}
+    reports = []
+    with _meter() as meter:
+        importer = Importer(
+            meter.ledger,
+            meter.accounts,
+            mapping=_parse_mapping(mapping or []),
+            constants={name: value for name, value in given.items() if value is not None},
+            clock=utc_now,
+        )
+        folder = rejects or Settings.from_env().home / "rejects"
+        for path in files:
+            with _progress(path.name) as progress:
+                reports.append(
+                    importer.run(path, source=source, rejects=folder / f"{path.stem}.csv", progress=progress)
+                )
+    _show([_fields(report) for report in reports], as_json)
+    if not as_json and any(report.zoneless_times for report in reports):
+        typer.echo("times without a zone were read as UTC", err=True)
+    if any(report.rejected for report in reports):
+        sys.exit(REJECTED)
+
+
+@app.command()
+def usage(
+    account: Account,
+    start: Start = None,
+    end: End = None,
+    by: Annotated[str | None, typer.Option(help="line, model, day (UTC), key_id or operation.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What an account used."""
+    with _meter() as meter:
+        totals = meter.usage(account, start=_instant("--start", start), end=_instant("--end", end), by=by)  # type: ignore[arg-type]
+    _show([_fields(total) for total in totals], as_json)
+
+
+@app.command()
+def quota(
+    account: Account,
+    key_id: Annotated[str | None, typer.Option(help="Show this key's own limits too.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Where each limit of an account stands."""
+    with _meter() as meter:
+        statuses = meter.quota(account, key_id=key_id)
+    rows = [
+        {"limit": str(s.limit), "used": s.used, "max": s.max, "remaining": s.remaining, "reset_at": s.reset_at}
+        for s in statuses
+    ]
+    _show(rows, as_json)
+
+
+@app.command()
+def log(
+    account: Annotated[str | None, typer.Argument(help="The account; or give --key-id.")] = None,
+    key_id: Annotated[str | None, typer.Option(help="Calls of one key.")] = None,
+    start: Start = None,
+    end: End = None,
+    limit: Annotated[int, typer.Option(help="At most so many, the newest first.")] = 100,
+    admin: Annotated[bool, typer.Option("--admin", help="The admin log instead: who changed what.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """The request log: bodies, errors and latencies of calls."""
+    from metering.ledger import admin_log
+
+    with _meter() as meter:
+        entries: Iterable[Any]
+        if admin:
+            with meter.ledger.read() as connection:
+                entries = admin_log.entries(connection, limit=limit)
+        else:
+            entries = meter.log(
+                account, key_id=key_id, start=_instant("--start", start), end=_instant("--end", end), limit=limit
+            )
+        _show([_fields(entry) for entry in entries], as_json)
+
+
+@app.command()
+def verify(as_json: AsJson = False) -> None:
+    """Count every quota counter again from the ledger, and say where they differ. Exit status 1: somewhere."""
+    from metering.admission.verify import check_counters
+
+    with _meter() as meter:
+        checks = check_counters(meter.ledger)
+    wrong = [
+        {
+            "account": check.account,
+            "metric": check.counter.metric,
+            "line": check.counter.line,
+            "key_id": check.counter.key_id,
+            "window_start": check.counter.window.start,
+            "kept": check.kept,
+            "counted": check.counted,
+        }
+        for check in checks
+        if not check.agrees
+    ]
+    if as_json or wrong:
+        _show(wrong, as_json)
+    if not as_json:
+        typer.echo(f"{len(checks)} counters, {len(wrong)} differ from the ledger")
+    if wrong:
+        sys.exit(1)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """What is configured, reachable and migrated. Exit status 1: something is not."""
+    from metering.doctor import examine
+
+    findings = examine()
+    _show([_fields(finding) for finding in findings], as_json)
+    if not all(finding.ok for finding in findings):
+        sys.exit(1)
+
+
+@contextmanager
+def _meter(*, create: bool = False) -> Iterator[Meter]:
+    from metering.meter import Meter
+
+    with Meter.from_env(create=create, actor=_actor()) as meter:
+        yield meter
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[Any]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    with Progress(console=console) as progress:
+        task = progress.add_task(name, total=1.0)
+        yield lambda done: progress.update(task, completed=done)
+
+
+def _actor() -> str:
+    from getpass import getuser
+
+    try:
+        return getuser()
+    except (KeyError, OSError):
+        return "command line"
+
+
+def _parse_mapping(given: Sequence[str]) -> dict[str, str]:
+    mapping = {}
+    for pair in (pair for option in given for pair in option.split(",")):
+        name, separator, column = pair.partition("=")
+        if not (separator and name and column):
+            raise InvalidSetting("--map", pair, "FIELD=COLUMN")
+        mapping[name.strip()] = column.strip()
+    return mapping
+
+
+def _instant(name: str, text: str | None) -> datetime | None:
+    if text is None:
+        return None
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError:
+        raise InvalidSetting(name, text, "a time such as 2023-11-01 or 2023-11-01T12:00Z") from None
+    return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    return {name: getattr(record, name) for name in record.__dataclass_fields__}
+
+
+def _show(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+    """As JSON, one as fields, or several as a table."""
+    if as_json:
+        import msgspec
+
+        typer.echo(msgspec.json.format(msgspec.json.encode(rows, enc_hook=str)).decode())
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    if not rows:
+        typer.echo("nothing")
+        return
+    # A piped table must not be cut to a width that nobody sees.
+    console = Console() if sys.stdout.isatty() else Console(width=400)
+    if len(rows) == 1:
+        table = Table.grid(padding=(0, 2))
+        for name, value in rows[0].items():
+            table.add_row(name, Text(_cell(value)))
+    else:
+        shown = [name for name in rows[0] if any(row[name] not in (None, "", 0, [], ()) for row in rows)]
+        table = Table(*shown)
+        for row in rows:
+            table.add_row(*(Text(_cell(row[name])) for name in shown))
+    console.print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, datetime):
+        return value.strftime("%Y-%m-%d %H:%M:%SZ")
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, list | tuple):
+        return "\n".join(str(item) for item in value) or "-"
+    return str(value)
+
+
+if __name__ == "__main__":
+    main()
