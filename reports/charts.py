@@ -120,7 +120,7 @@ def usage_by_model(models: Sequence[ModelRow]) -> Figure:
         }
     )
     first = top[0].input_tokens + top[0].output_tokens
-    note = f"{_shown(len(top), len(used), 'model')}. {names[0]} leads with {short(first)} tokens."
+    note = f"{_shown(len(top), len(used), 'model')}. The most, {short(first)} tokens, are of {names[0]}."
     plot = (
         alt.Chart(frame)
         .mark_bar(size=BAR)
@@ -154,7 +154,10 @@ def margin_by_account(accounts: Sequence[AccountRow]) -> Figure:
     title = "Margin against provider cost"
     in_usd = sorted((row for row in accounts if row.margin is not None), key=lambda row: (-row.total, row.account))
     if not in_usd:
-        return Figure(title=title, note="No account was billed in USD, the currency of provider cost.")
+        return Figure(
+            title=title,
+            note="Known where an account is billed in USD and the provider's price of all its calls is known.",
+        )
     top = in_usd[:MAX_BARS]
     kinds = ["Provider cost", "Margin"]
     frame = pd.DataFrame(
@@ -214,7 +217,7 @@ def _positions(values: Sequence[Decimal]) -> list[float]:
 
 
 def _model_name(row: ModelRow, models: Sequence[ModelRow]) -> str:
-    name = row.model or "no model"
+    name = row.model or "unnamed model"
     shared = sum(other.model == row.model for other in models) > 1
     return f"{name} ({row.provider or 'no provider'})" if shared else name
 

@@ -1,4 +1,4 @@
--- Billable usage of a period by model.
+-- Billable usage of a period by model; tokens of calls that named none stand by themselves.
 SELECT
     provider,
     model,
@@ -7,6 +7,6 @@ SELECT
     sum(output_tokens)::BIGINT AS output_tokens,
     sum(cost) AS cost
 FROM usage_15m
-WHERE period = $period AND billable AND model IS NOT NULL
+WHERE period = $period AND billable AND (model IS NOT NULL OR input_tokens + output_tokens <> 0)
 GROUP BY ALL
 ORDER BY ALL;

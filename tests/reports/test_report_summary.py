@@ -92,7 +92,7 @@ def test_an_empty_period_has_sentences_for_plots(make: Any) -> None:
     assert "<svg" not in html
     words = words_of(html)
     assert words.count("No tokens were used in this period.") == 2
-    assert "No account was billed in USD" in words
+    assert "Known where an account is billed in USD" in words
     assert "Accounts No account was billed in this period." in words
 
 
