@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from metering import checks
+from metering.bodies import refuse_secret
 from metering.errors import (
     AccountConflict,
     Conflict,
@@ -146,6 +147,10 @@ class Accounts:
             if before.plan == plan:
                 return before
             plan_versions.ensure(connection, plan, now=now, actor=self._actor)
+            # A second change within one tick of the clock takes the place of the first.
+            connection.execute(
+                account_plans.delete().where(account_plans.c.account == account, account_plans.c.effective_from == now)
+            )
             connection.execute(account_plans.insert().values(account=account, effective_from=now, plan=plan))
             self._note(connection, now, "account.change_plan", account, before=before.plan, after=plan)
             return self._get(connection, account)
@@ -244,8 +249,9 @@ class Keys:
 
         Raises `Conflict` where the key belongs to another account, `InvalidSetting` for a secret below 16 characters.
         """
-        if not isinstance(secret, str) or not MIN_SECRET <= len(secret) <= MAX_SECRET:
-            raise InvalidSetting("secret", "(not shown)", f"{MIN_SECRET} to {MAX_SECRET} characters")
+        if not isinstance(secret, str) or not MIN_SECRET <= len(secret) <= MAX_SECRET or not secret.isprintable():
+            raise InvalidSetting("secret", "(not shown)", f"{MIN_SECRET} to {MAX_SECRET} printable characters")
+        refuse_secret(secret, {"account": account, "plan": plan, "label": label})
         with self._ledger.write() as connection:
             known = self._find(connection, self.digest(secret))
             if known is not None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, quote_plus
 
 import msgspec
 
@@ -12,14 +14,19 @@ from metering.admission.protocol import Bodies
 from metering.errors import InvalidEvent
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from types import TracebackType
+
     from metering.events import Call
 
-__all__ = ["bodies_of", "masked_error", "refuse_secret"]
+__all__ = ["bodies_of", "hidden", "kept_in_plain", "masked_error", "refuse_secret"]
 
 MAX_LOGGED_BYTES = 64 * 1024
 MAX_REPLAYED_BYTES = 16 * 1024
 MAX_ERROR = 2_000
 _MASK = "[API key]"
+_NOT_SHOWN = "(not shown)"
+_SAME_EVERYWHERE = re.compile(r"[A-Za-z0-9._~-]+")
 
 
 def bodies_of(secret: str | None, request: Any, response: Any, *, replayable: bool) -> Bodies:
@@ -37,20 +44,43 @@ def bodies_of(secret: str | None, request: Any, response: Any, *, replayable: bo
 
 
 def masked_error(error: object, secret: str | None) -> str | None:
-    """An error, text or exception, as one short text."""
+    """An error, text or exception, as one short text. Never raises: it runs after the work is done."""
     if error is None:
         return None
-    text = f"{type(error).__name__}: {error}" if isinstance(error, BaseException) else str(error)
-    text = _without(text, secret)
+    text = _shown_by(str, error)
+    if isinstance(error, BaseException):
+        text = f"{type(error).__name__}: {text}"
+    text = _without(text, secret).encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= MAX_ERROR else text[: MAX_ERROR - 3] + "..."
 
 
-def refuse_secret(call: Call, secret: str) -> None:
+def refuse_secret(secret: str, said: Mapping[str, object]) -> None:
     """Raise `InvalidEvent`, not showing it, where the API key was passed as something that is kept in plain."""
-    for name in call.__dataclass_fields__:
-        value = getattr(call, name)
-        if name != "error" and value is not None and secret in str(value):
-            raise InvalidEvent(name, "(not shown)", "a value without the API key in it")
+    forms = _forms_of(secret)
+    for name, value in said.items():
+        if value is not None and _shows(str(value), forms):
+            raise InvalidEvent(name, _NOT_SHOWN, "a value without the API key in it")
+
+
+def kept_in_plain(call: Call) -> dict[str, object]:
+    """What of a call is kept as the app said it."""
+    return {name: getattr(call, name) for name in call.__dataclass_fields__ if name != "error"}
+
+
+class hidden:  # noqa: N801  reads as a verb: with hidden(secret)
+    """A block whose `InvalidEvent` does not show `secret` where it was given in the place of another value."""
+
+    def __init__(self, secret: object) -> None:
+        self._secret = secret if isinstance(secret, str) else ""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, InvalidEvent) and _shows(_shown_by(repr, error.value), _forms_of(self._secret)):
+            raise type(error)(error.field, _NOT_SHOWN, error.expected) from None
 
 
 def _as_json(value: Any, secret: str | None) -> str | None:
@@ -58,15 +88,44 @@ def _as_json(value: Any, secret: str | None) -> str | None:
         return None
     try:
         text = msgspec.json.encode(value, enc_hook=repr).decode()
-    except (TypeError, ValueError, RecursionError, msgspec.MsgspecError):
-        text = json.dumps(repr(value))
+    except Exception:  # noqa: BLE001  whatever an app's own object raises
+        text = json.dumps(_shown_by(repr, value))
     return _without(text, secret)
 
 
+def _shown_by(show: Callable[[object], str], value: object) -> str:
+    try:
+        return show(value)
+    except Exception:  # noqa: BLE001  whatever an app's own object raises
+        return f"<{type(value).__name__}>"
+
+
 def _without(text: str, secret: str | None) -> str:
+    for form in _forms_of(secret):
+        text = text.replace(form, _MASK)
+    return text
+
+
+def _shows(text: str, forms: list[str]) -> bool:
+    return any(form in text for form in forms)
+
+
+def _forms_of(secret: str | None) -> list[str]:
+    """How a secret may be spelled in a text: as it is, and escaped up to twice as URLs, JSON and repr do."""
     if not secret:
-        return text
-    return text.replace(json.dumps(secret)[1:-1], _MASK).replace(secret, _MASK)
+        return []
+    if _SAME_EVERYWHERE.fullmatch(secret):
+        return [secret]
+    forms = {secret}
+    for _ in range(2):
+        forms |= {escaped for form in forms for escaped in _escaped(form)}
+    return sorted(forms, key=len, reverse=True)
+
+
+def _escaped(text: str) -> list[str]:
+    in_url = [quote(text, safe="", errors="replace"), quote_plus(text, errors="replace")]
+    quoted = [repr(text), ascii(text), json.dumps(text), json.dumps(text, ensure_ascii=False)]
+    return in_url + [form[1:-1] for form in quoted]
 
 
 def _capped(text: str | None) -> str | None:

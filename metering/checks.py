@@ -26,19 +26,26 @@ def tokens(field: str, value: object) -> int:
 
 def quantity(field: str, value: object) -> Decimal:
     """A quantity: an int or a Decimal, finite, not negative, at most 12 decimals. A float is not exact: refused."""
-    if type(value) is int:
-        value = Decimal(value)
-    if not isinstance(value, Decimal):
+    number = Decimal(value) if type(value) is int else value
+    if not isinstance(number, Decimal):
         raise InvalidEvent(field, value, "an int or a Decimal (a float is not exact)")
-    if not value.is_finite():
+    if not number.is_finite():
         raise InvalidEvent(field, value, "a finite number")
-    if not 0 <= value < MAX_QUANTITY:
+    if not 0 <= number < MAX_QUANTITY:
         raise InvalidEvent(field, value, "0 or more, below 10^26")
-    exponent = value.normalize().as_tuple().exponent
-    assert isinstance(exponent, int)
-    if -exponent > QUANTITY_PLACES:
+    if number and _places(number) > QUANTITY_PLACES:
         raise InvalidEvent(field, value, f"at most {QUANTITY_PLACES} decimals")
-    return value
+    return number
+
+
+def _places(value: Decimal) -> int:
+    # Not by normalize(): it rounds to the precision of whatever context the app has set.
+    _, digits, exponent = value.as_tuple()
+    assert isinstance(exponent, int)
+    zeros = 0
+    while zeros < len(digits) and not digits[-1 - zeros]:
+        zeros += 1
+    return -exponent - zeros
 
 
 def text(field: str, value: object, max_length: int) -> str:

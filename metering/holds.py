@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from metering import checks
 from metering.admission.protocol import Settlement
-from metering.bodies import bodies_of, masked_error
-from metering.errors import InvalidEvent, StoreUnavailable
+from metering.bodies import bodies_of, hidden, kept_in_plain, masked_error, refuse_secret
+from metering.errors import InvalidEvent, LedgerError
 from metering.events import TokenUsage
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["Hold", "Keeper", "UnsettledHold"]
 
 logger = logging.getLogger("metering")
+
+MOST_CLOSE_S = 30.0
+"""A renewal under way is waited for, but a closing app is not held up for ever."""
 
 
 class UnsettledHold(UserWarning):
@@ -51,6 +54,9 @@ class Hold:
         self._secret = secret
         self._request = request
         self._cost_is_known = False
+        self._released = False
+        self._unbooked: Settlement | None = None
+        """What the store was told while it was away."""
 
     def __repr__(self) -> str:
         return f"<Hold {self._ticket.hold_id} of account {self._ticket.account!r}, line {self._call.line!r}>"
@@ -68,75 +74,97 @@ class Hold:
     ) -> Settled:
         """Bill the real cost, in the window the hold was made in; also after the hold has expired.
 
-        What is not given here stays as `reserve` was told. The same settle twice is one; another one raises
-        `SettleConflict`. Raises `InvalidEvent` for usage that cannot be, or a name that a rate of the plan needs.
+        What is not given here stays as `reserve` was told, but for the usage: an estimate is not a cost. The same
+        settle twice is one; another one raises `SettleConflict`. Raises `InvalidEvent` for usage that cannot be or is
+        left out, and for a provider or model left out that a rate of the plan needs.
         """
         self._cost_is_known = True
-        if usage is not None and not isinstance(usage, TokenUsage):
-            raise InvalidEvent("usage", usage, "a TokenUsage")
-        self._call = replace(
-            self._call,
-            provider=provider or self._call.provider,
-            model=model or self._call.model,
-            service_tier=service_tier or self._call.service_tier,
-            latency_ms=latency_ms,
+        with hidden(self._secret):
+            call = replace(
+                self._call,
+                provider=provider or self._call.provider,
+                model=model or self._call.model,
+                service_tier=service_tier or self._call.service_tier,
+                latency_ms=latency_ms,
+            )
+            refuse_secret(self._secret, kept_in_plain(call))
+            if usage is None and self._ticket.usage is not None:
+                raise InvalidEvent("usage", None, "a TokenUsage, as in the estimate; TokenUsage() if nothing was used")
+            if usage is not None and not isinstance(usage, TokenUsage):
+                raise InvalidEvent("usage", usage, "a TokenUsage")
+            used = None if quantity is None else checks.quantity("quantity", quantity)
+        if self.settled is None:
+            self._call = call
+        settlement = self._settlement(
+            call, usage, self._ticket.quantity if used is None else used, response=response, estimated=False
         )
-        return self._book(
-            usage or TokenUsage(),
-            Decimal(0) if quantity is None else checks.quantity("quantity", quantity),
-            response=response,
-            estimated=False,
-        )
+        try:
+            return self._book(settlement)
+        except LedgerError:
+            self._unbooked = settlement
+            raise
 
     def release(self, error: object = None) -> bool:
         """Give the quota back, without billing. False where the hold was no longer open."""
         self._keeper.remove(self._ticket)
         call = replace(self._call, error=masked_error(error, self._secret))
         bodies = bodies_of(self._secret, self._request, None, replayable=False)
-        return self._store.release(self._ticket, call, bodies)
+        was_open = self._store.release(self._ticket, call, bodies)
+        self._released = True
+        return was_open
 
     def __enter__(self) -> Hold:
+        self._keeper.add(self._ticket)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._keeper.remove(self._ticket)
-        if self.settled is not None:
+        if self.settled is not None or self._released:
             return
         if error is not None and not self._cost_is_known:
             self._release_after(error)
             return
         # A settle that was refused says that the work was done: the estimate is billed rather than nothing.
-        self._book(
-            self._ticket.usage or TokenUsage(), self._ticket.quantity or Decimal(0), response=None, estimated=True
+        settlement = self._unbooked or self._settlement(
+            self._call, self._ticket.usage, self._ticket.quantity, response=None, estimated=True
         )
-        if error is None:
+        try:
+            self._book(settlement)
+        except LedgerError:
+            if error is None:
+                raise
+            logger.exception("hold %s could not be settled: call settle again before it expires", self._ticket.hold_id)
+            return
+        if error is None and settlement.estimated:
             warnings.warn(
                 f"hold {self._ticket.hold_id} on line {self._call.line!r} was not settled: its estimate was booked",
                 UnsettledHold,
                 stacklevel=2,
             )
 
-    def _book(self, usage: TokenUsage, quantity: Decimal, *, response: Any, estimated: bool) -> Settled:
-        replayable = self._call.idempotency_key is not None
-        self.settled = self._store.settle(
-            Settlement(
-                hold=self._ticket,
-                call=self._call,
-                usage=usage,
-                quantity=quantity,
-                estimated=estimated,
-                bodies=bodies_of(self._secret, self._request, response, replayable=replayable),
-            )
+    def _settlement(
+        self, call: Call, usage: TokenUsage | None, quantity: Decimal | None, *, response: Any, estimated: bool
+    ) -> Settlement:
+        return Settlement(
+            hold=self._ticket,
+            call=call,
+            usage=usage or TokenUsage(),
+            quantity=quantity or Decimal(0),
+            estimated=estimated,
+            bodies=bodies_of(self._secret, self._request, response, replayable=call.idempotency_key is not None),
         )
+
+    def _book(self, settlement: Settlement) -> Settled:
+        self.settled = self._store.settle(settlement)
         self._keeper.remove(self._ticket)
         return self.settled
 
     def _release_after(self, error: BaseException) -> None:
         try:
             self.release(error)
-        except StoreUnavailable:
+        except LedgerError:
             # The app's own exception matters more, and an open hold gives its quota back when its time is over.
             logger.warning("hold %s could not be released; it expires by itself", self._ticket.hold_id, exc_info=True)
 
@@ -165,21 +193,33 @@ class Keeper:
             self._tickets.pop(ticket.hold_id, None)
 
     def close(self) -> None:
-        """Stop renewing."""
+        """Stop renewing. Afterwards no renewal is under way."""
         with self._wake:
             self._tickets.clear()
             self._wake.notify_all()
+            thread = self._thread
+        if thread is not None:
+            thread.join(MOST_CLOSE_S)
+
+    def start_anew(self) -> None:
+        """In the child of a fork: the thread is not here, and the holds are the parent's to keep."""
+        self._wake = threading.Condition()
+        self._tickets = {}
+        self._thread = None
 
     def _run(self) -> None:
         while True:
             with self._wake:
-                self._wake.wait(self._every_s)
+                if self._tickets:
+                    self._wake.wait(self._every_s)
                 if not self._tickets:
                     self._thread = None
                     return
                 tickets = list(self._tickets.values())
             for ticket in tickets:
+                if ticket.hold_id not in self._tickets:
+                    continue
                 try:
                     self._renew(ticket)
-                except StoreUnavailable:
+                except Exception:
                     logger.warning("hold %s could not be renewed", ticket.hold_id, exc_info=True)

@@ -7,12 +7,13 @@ import os
 import weakref
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Unpack
+from uuid import UUID
 
 from metering import checks, corrections
 from metering.accounts import Accounts, Keys
 from metering.admission.protocol import Admission
 from metering.admission.sql import SqlStore
-from metering.bodies import bodies_of, masked_error, refuse_secret
+from metering.bodies import bodies_of, hidden, kept_in_plain, masked_error, refuse_secret
 from metering.clock import utc_now
 from metering.errors import InvalidEvent, InvalidSetting
 from metering.events import (
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
     from datetime import datetime
     from pathlib import Path
     from types import TracebackType
-    from uuid import UUID
+
+    import sqlalchemy as sa
 
     from metering.accounts import ApiKey
     from metering.admission.protocol import Decision, LimitStatus
@@ -73,7 +75,12 @@ class Meter:
         hold_ttl_s: float = HOLD_TTL_S,
         strict_signals: bool = False,
     ) -> None:
-        self.ledger = Ledger(ledger_url, timeout_s=timeout_s, create=create)
+        self.ledger = Ledger(
+            ledger_url,
+            timeout_s=timeout_s,
+            create=create,
+            first=lambda connection: _apply_file(connection, plans, clock(), actor),
+        )
         self.accounts = Accounts(self.ledger, clock=clock, actor=actor)
         self.keys = Keys(self.ledger, self.accounts, clock=clock, actor=actor, pepper=key_pepper)
         self.dropped = 0
@@ -83,9 +90,6 @@ class Meter:
         self._hold_ttl_s = hold_ttl_s
         self._strict_signals = strict_signals
         self._keeper = self._new_keeper()
-        if plans is not None and self.ledger.is_new and plans.exists():
-            with self.ledger.write() as connection:
-                plan_versions.apply(connection, parse_plans(plans.read_text()).values(), now=clock(), actor=actor)
         _meters.add(self)
 
     @classmethod
@@ -125,14 +129,15 @@ class Meter:
         A refusal is an answer (`decision.allowed`), not an exception. `request` and `response` are anything JSON can
         say. Raises UnknownKey, RevokedKey, IdempotencyConflict, IdempotencyInProgress, InvalidEvent, StoreUnavailable.
         """
-        call = Call(
-            line=line,
-            error=masked_error(error, api_key),
-            latency_ms=latency_ms,
-            idempotency_key=idempotency_key,
-            **described,
-        )
-        admission = self._admission(api_key, call, usage, quantity, fingerprint, request, response=response)
+        with hidden(api_key):
+            call = Call(
+                line=line,
+                error=masked_error(error, _checked_secret(api_key)),
+                latency_ms=latency_ms,
+                idempotency_key=idempotency_key,
+                **described,
+            )
+            admission = self._admission(api_key, call, usage, quantity, fingerprint, request, response=response)
         return self._store.admit(admission)
 
     def reserve(
@@ -152,20 +157,14 @@ class Meter:
         A `with` cannot skip its body, so this raises where the call may not run: `LimitExceeded` (carries the
         decision), `Replayed` (carries the stored response), and what `consume` raises.
         """
-        call = Call(
-            line=line,
-            idempotency_key=idempotency_key,
-            **described,
-        )
-        admission = self._admission(
-            api_key, call, estimate, quantity, fingerprint, request, hold_ttl_s=self._hold_ttl_s
-        )
+        with hidden(api_key):
+            call = Call(line=line, idempotency_key=idempotency_key, **described)
+            admission = self._admission(
+                _checked_secret(api_key), call, estimate, quantity, fingerprint, request, hold_ttl_s=self._hold_ttl_s
+            )
         decision = self._store.admit(admission)
         decision.raise_unless_admitted()
-        hold = Hold(self._store, self._keeper, decision, call, secret=api_key, request=request)
-        assert decision.hold is not None
-        self._keeper.add(decision.hold)
-        return hold
+        return Hold(self._store, self._keeper, decision, call, secret=api_key, request=request)
 
     def record(
         self,
@@ -226,6 +225,12 @@ class Meter:
 
         Raises `UnknownEvent`, and `CorrectionConflict` where another correction came first.
         """
+        if not isinstance(event_id, UUID):
+            raise InvalidEvent("event_id", event_id, "a UUID")
+        if usage is not None and not isinstance(usage, TokenUsage):
+            raise InvalidEvent("usage", usage, "a TokenUsage")
+        if billable is not None and not isinstance(billable, bool):
+            raise InvalidEvent("billable", billable, "True, False or None")
         return corrections.correct(
             self.ledger,
             event_id,
@@ -304,11 +309,13 @@ class Meter:
         response: Any = None,
         hold_ttl_s: float | None = None,
     ) -> Admission:
-        if not isinstance(api_key, str) or not api_key:
-            raise InvalidEvent("api_key", type(api_key).__name__, "the key's secret, a string")
         if usage is not None and not isinstance(usage, TokenUsage):
             raise InvalidEvent("usage", usage, "a TokenUsage")
-        refuse_secret(call, api_key)
+        try:
+            refuse_secret(api_key, kept_in_plain(call) | {"fingerprint": fingerprint})
+        except InvalidEvent:
+            self.keys.lookup(api_key)  # a stranger's key is unknown, whatever it spells
+            raise
         keyed = call.idempotency_key is not None
         if fingerprint is not None:
             checks.text("fingerprint", fingerprint, 255)
@@ -339,9 +346,26 @@ def _given(field: str, at: datetime | None) -> datetime | None:
         raise InvalidSetting(field, at, exc.expected) from None
 
 
+def _checked_secret(api_key: object) -> str:
+    if not isinstance(api_key, str) or not api_key:
+        raise InvalidEvent("api_key", type(api_key).__name__, "the key's secret, a string")
+    return api_key
+
+
+def _apply_file(connection: sa.Connection, path: Path | None, now: datetime, actor: str) -> None:
+    """Write the plans of a TOML file, where there is one. Raises `InvalidPlan`."""
+    if path is None or not path.exists():
+        return
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise InvalidSetting("plans", str(path), f"a readable file ({exc})") from exc
+    plan_versions.apply(connection, parse_plans(text).values(), now=now, actor=actor)
+
+
 def _start_anew_after_fork() -> None:
     for meter in _meters:
-        meter._keeper = meter._new_keeper()
+        meter._keeper.start_anew()
 
 
 os.register_at_fork(after_in_child=_start_anew_after_fork)

@@ -14,6 +14,7 @@ import msgspec
 
 from metering.admission.decide import Counter, RateCounter
 from metering.admission.statements import statements
+from metering.billing.money import EXACT
 from metering.events import METRICS, TOKEN_FIELDS, TokenUsage, metric_amounts
 from metering.ledger.types import decimal_text, instant_text, parse_instant
 from metering.windows import Window
@@ -90,7 +91,7 @@ class Counters:
         )
         total = Decimal(sums[counter.metric])
         for (reserved,) in self._cursor.execute(_SQL["find_open_holds_of_window"], scope):
-            total += load_units(reserved)[counter.metric]
+            total = EXACT.add(total, load_units(reserved)[counter.metric])
         return total
 
     def move(self, given: Units, taken: Units = NOTHING) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from decimal import Decimal
 
-    from metering.plans import Limit
+    from metering.billing.pricing import Rate
+    from metering.events import Call
+    from metering.plans import Limit, Plan
 
 __all__ = [
     "Counter",
@@ -23,12 +25,17 @@ __all__ = [
     "check_rate",
     "check_window",
     "counter_of",
+    "missing_name",
+    "moved_arrival",
     "rate_counter_of",
     "refusing",
+    "uncounted",
 ]
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
+_LATEST = datetime(9998, 1, 1, tzinfo=UTC)
+"""A rate that was overrun by more than time can tell refills then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +85,8 @@ def asked_amount(
         return asked
     name = "quantity" if limit.metric == "quantity" else "estimate" if is_estimate else "usage"
     least = f"{limit.metric}, at least 1" if is_estimate else limit.metric
-    raise InvalidEvent(
-        name, asked if usage_given or quantity_given else None, f"{least}: the plan limits it to {limit}"
-    )
+    given = quantity_given if limit.metric == "quantity" else usage_given
+    raise InvalidEvent(name, asked if given else None, f"{least}: the plan limits it to {limit}")
 
 
 def check_window(
@@ -109,7 +115,7 @@ def check_rate(
     `period_us`, and a burst is `burst` units ahead of now.
     """
     period_us = limit.rate_period_s * 1_000_000
-    now_scaled = ((now - _EPOCH) // _MICROSECOND) * limit.rate_count
+    now_scaled = _scaled(now, limit.rate_count)
     tolerance = limit.burst * period_us
     start = max(arrival, now_scaled)
     after = start + asked * period_us
@@ -118,18 +124,67 @@ def check_rate(
     wait_scaled = after - tolerance - now_scaled
     status = LimitStatus(
         limit=limit,
-        used=_plain(limit, -((now_scaled - settled) // period_us)),
+        used=_ceil_quotient(settled - now_scaled, period_us),
         max=limit.burst,
         asked=asked,
-        reset_at=_EPOCH + timedelta(microseconds=int(-(-settled // limit.rate_count))),
+        reset_at=_instant(_ceil_quotient(settled, limit.rate_count)),
         retry_after_s=None if fits or asked > limit.burst else float(wait_scaled) / limit.rate_count / 1_000_000,
     )
     return fits, status, settled
 
 
+def moved_arrival(
+    rate: RateCounter, arrival: int | Decimal, claimed: int | Decimal, delta: int | Decimal, now: datetime
+) -> int | Decimal:
+    """A rate's theoretical arrival time after a call that left it at `claimed` turned out to take `delta` units more.
+
+    What was taken too much is given back only until the claim has worn off. After that the rate has refilled all the
+    same, and the units would be there twice.
+    """
+    now_scaled = _scaled(now, rate.units)
+    if delta > 0:
+        return max(arrival, now_scaled) + delta * rate.period_us
+    return arrival + delta * rate.period_us if now_scaled < claimed else arrival
+
+
+def uncounted(status: LimitStatus, arrival: int | Decimal, now: datetime) -> LimitStatus:
+    """Where a limit that had room stands when another one refused the call; `arrival` is that of a rate."""
+    if status.limit.per is None:
+        return replace(check_rate(status.limit, arrival, 0, now)[1], asked=status.asked)
+    return replace(status, used=_plain(status.limit, status.used - status.asked))
+
+
+def missing_name(plan: Plan, call: Call, units: Mapping[str, int | Decimal]) -> tuple[str, Rate] | None:
+    """A provider or model that the call does not say, and a rate of its line that cannot price its units without."""
+    for rate in plan.rates:
+        metric = "tokens" if rate.type == "cost_plus" else rate.metric
+        if rate.type == "flat" or metric is None or not units[metric] or rate.line not in ("*", call.line):
+            continue
+        for name in ("provider", "model"):
+            is_needed = getattr(rate.match, name) is not None or (rate.type == "cost_plus" and name == "model")
+            if is_needed and getattr(call, name) is None:
+                return name, rate
+    return None
+
+
 def refusing(statuses: list[LimitStatus]) -> LimitStatus:
     """Of limits that refuse, the one that takes longest to fit again; one that never will comes first."""
     return max(statuses, key=lambda status: float("inf") if status.retry_after_s is None else status.retry_after_s)
+
+
+def _scaled(at: datetime, units: int) -> int:
+    return ((at - _EPOCH) // _MICROSECOND) * units
+
+
+def _instant(microseconds: int) -> datetime:
+    most = (_LATEST - _EPOCH) // _MICROSECOND
+    return _EPOCH + timedelta(microseconds=min(microseconds, most))
+
+
+def _ceil_quotient(number: int | Decimal, divisor: int) -> int:
+    # `//` rounds down for int and towards zero for Decimal; these numbers are never negative, where both agree.
+    whole, rest = divmod(number, divisor)
+    return int(whole) + bool(rest)
 
 
 def _plain(limit: Limit, value: int | Decimal) -> int | Decimal:

@@ -118,19 +118,19 @@ class Decision:
 
     @property
     def tightest(self) -> LimitStatus | None:
-        """The refusing limit, else the one with the smallest share left; None if unlimited."""
+        """The refusing limit, else the one with the smallest share left; None if unlimited, and for a replay."""
         if self.refused_by is not None:
             return self.refused_by
         return min(self.limits, key=lambda status: status.share_left, default=None)
 
     @property
     def remaining(self) -> int | Decimal | None:
-        """Units left of the tightest limit; None if unlimited."""
+        """Units left of the tightest limit; None if unlimited, and for a replay, which asks no limit."""
         return None if self.tightest is None else self.tightest.remaining
 
     @property
     def reset_at(self) -> datetime | None:
-        """When the tightest limit resets; None if unlimited."""
+        """When the tightest limit resets; None where `remaining` is."""
         return None if self.tightest is None else self.tightest.reset_at
 
     def raise_for_refusal(self) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import sqlite3
 from dataclasses import replace
 from datetime import datetime, timedelta
-from decimal import Decimal
+from decimal import Decimal, localcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from uuid import UUID
 
@@ -20,12 +20,16 @@ from metering.admission.decide import (
     check_rate,
     check_window,
     counter_of,
+    missing_name,
+    moved_arrival,
     rate_counter_of,
     refusing,
+    uncounted,
 )
 from metering.admission.protocol import Appended, Decision, HoldTicket, LimitStatus, Settled
 from metering.admission.rows import event_row, log_row
 from metering.admission.statements import statements
+from metering.billing.money import EXACT
 from metering.clock import utc_now
 from metering.errors import (
     IdempotencyConflict,
@@ -117,7 +121,7 @@ class SqlStore:
             at = instant_text(now or self._clock())
             found = cursor.execute(_SQL["find_expired_holds"], {"now": at, "most": EXPIRED_PER_SWEEP}).fetchall()
             for row in found:
-                self._give_back(cursor, _Hold(*row), "expired")
+                self._give_back(cursor, _Hold(*row), "expired", parse_instant(at))
             return len(found)
 
         total = 0
@@ -134,7 +138,7 @@ class SqlStore:
     def quota(self, account: str, key_id: str | None = None, now: datetime | None = None) -> tuple[LimitStatus, ...]:
         """See `AdmissionStore.quota`."""
         at = now or self._clock()
-        with self._ledger.read() as connection:
+        with self._ledger.read() as connection, localcontext(EXACT):
             cursor = cast("sqlite3.Cursor", connection.connection.cursor())
             try:
                 _, plan = self._plan_in_force(cursor, account, at)
@@ -239,7 +243,7 @@ class SqlStore:
             return None
         hold = _Hold(*row)
         if parse_instant(hold.expires_at) <= now:
-            self._give_back(cursor, hold, "expired")
+            self._give_back(cursor, hold, "expired", now)
             return None
         if hold.fingerprint != admission.fingerprint:
             raise IdempotencyConflict(call.line, call.idempotency_key)
@@ -260,17 +264,19 @@ class SqlStore:
             billable, late = cursor.execute(_SQL["find_settled_event"], {"event_id": settled_event_id}).fetchone()
             return Settled(event_id=UUID(settled_event_id), billable=bool(billable), late=bool(late), repeated=True)
 
+        given = units_of(settlement.usage, settlement.quantity)
+        if not settlement.estimated:
+            self._refuse_nameless(cursor, hold.plan_version, call, given)
         late = state != "open"
         event_id, billable = hold.event_id, True
         if not _claim_id(cursor, event_id, hold):
             event_id, billable = derive_event_id("attempt", hold.hold_id.hex), False
             if not _claim_id(cursor, event_id, hold):
                 return Settled(event_id=event_id, billable=False, late=late, repeated=True)
-        given = units_of(settlement.usage, settlement.quantity)
         taken = NOTHING if late else units_of(hold.usage, hold.quantity)
         counters = Counters(cursor, account=hold.account, line=call.line, key_id=hold.key_id, at=hold.admitted_at)
         counters.move(given, taken)
-        _move_rates(counters, rate_claims, {metric: given[metric] - taken[metric] for metric in given})
+        _move_rates(counters, rate_claims, {metric: given[metric] - taken[metric] for metric in given}, now)
         row = event_row(
             call,
             event_id=event_id,
@@ -299,27 +305,30 @@ class SqlStore:
 
     def _release(self, cursor: sqlite3.Cursor, hold: HoldTicket, call: Call, bodies: Bodies, now: datetime) -> bool:
         found = cursor.execute(_SQL["find_hold"], {"hold_id": hold.hold_id.hex}).fetchone()
-        is_open = found is not None and found[0] == "open"
+        state = "forgotten" if found is None else found[0]
+        if state in ("settled", "released"):
+            return False
+        is_open = state == "open"
         if is_open:
             row = cursor.execute(_SQL["find_hold_in_flight"], {"event_id": hold.event_id.hex}).fetchone()
-            self._give_back(cursor, _Hold(*row), "released")
+            self._give_back(cursor, _Hold(*row), "released", now)
         row = {"event_id": None, "account": hold.account, "key_id": hold.key_id, "line": call.line}
         _keep_bodies(cursor, row, call, bodies, now, replayable=False, hold_id=hold.hold_id)
         return is_open
 
-    def _give_back(self, cursor: sqlite3.Cursor, hold: _Hold, state: str) -> None:
+    def _give_back(self, cursor: sqlite3.Cursor, hold: _Hold, state: str, now: datetime) -> None:
         cursor.execute(_SQL["close_hold"], {"hold_id": hold.hold_id, "state": state})
         counters = Counters(
             cursor, account=hold.account, line=hold.line, key_id=hold.key_id, at=parse_instant(hold.admitted_at)
         )
         reserved = load_units(hold.reserved)
         counters.move(NOTHING, reserved)
-        _move_rates(counters, hold.rate_claims, {metric: -amount for metric, amount in reserved.items()})
+        _move_rates(counters, hold.rate_claims, {metric: -amount for metric, amount in reserved.items()}, now)
 
     def _expire_some(self, cursor: sqlite3.Cursor, account: str, now: datetime) -> None:
         scope = {"account": account, "now": instant_text(now), "most": EXPIRED_PER_ADMISSION}
         for row in cursor.execute(_SQL["find_expired_holds_of_account"], scope).fetchall():
-            self._give_back(cursor, _Hold(*row), "expired")
+            self._give_back(cursor, _Hold(*row), "expired", now)
 
     def _append(self, cursor: sqlite3.Cursor, events: Sequence[UsageEvent], now: datetime) -> Appended:
         ids = msgspec.json.encode([event.event_id.hex for event in events]).decode()
@@ -395,9 +404,22 @@ class SqlStore:
         if found is None:
             raise UnknownAccount(account)
         plan_version, name, document = found
+        return plan_version, self._plan(plan_version, name, document)
+
+    def _plan(self, plan_version: int, name: str, document: str) -> Plan:
         if plan_version not in self._plans:
             self._plans[plan_version] = Plan.from_dict(name, msgspec.json.decode(document))
-        return plan_version, self._plans[plan_version]
+        return self._plans[plan_version]
+
+    def _refuse_nameless(
+        self, cursor: sqlite3.Cursor, plan_version: int, call: Call, units: dict[str, int | Decimal]
+    ) -> None:
+        """Raise `InvalidEvent` where the call leaves out the provider or model that a rate of its plan needs."""
+        found = cursor.execute(_SQL["find_plan_version"], {"plan_version": plan_version}).fetchone()
+        missing = missing_name(self._plan(plan_version, *found), call, units)
+        if missing is not None:
+            name, rate = missing
+            raise InvalidEvent(name, None, f"the {name}: the plan prices this usage by it ({rate})")
 
 
 def _check(
@@ -436,6 +458,14 @@ def _check(
         statuses.append(status)
         if not fits:
             refused.append(status)
+    if refused:
+        kept = kept_arrivals or {}
+        statuses = [
+            status
+            if any(status is refusal for refusal in refused)
+            else uncounted(status, kept.get(rate_counter_of(status.limit, key_id), Decimal(0)), now)
+            for status in statuses
+        ]
     return statuses, refused, arrivals
 
 
@@ -487,16 +517,19 @@ def _keep_bodies(
 
 
 def _dump_rates(arrivals: dict[RateCounter, int | Decimal]) -> str:
-    claims = [[rate.metric, rate.line, rate.key_id, rate.units, rate.period_us] for rate in arrivals]
+    claims = [
+        [rate.metric, rate.line, rate.key_id, rate.units, rate.period_us, decimal_text(arrival)]
+        for rate, arrival in arrivals.items()
+    ]
     return msgspec.json.encode(claims).decode()
 
 
-def _move_rates(counters: Counters, rate_claims: str, delta: dict[str, int | Decimal]) -> None:
+def _move_rates(counters: Counters, rate_claims: str, delta: dict[str, int | Decimal], now: datetime) -> None:
     """Move the rates a hold claimed by what it turned out to cost more, or less."""
-    claims = {RateCounter(*claim) for claim in msgspec.json.decode(rate_claims)}
+    claims = {RateCounter(*claim): Decimal(arrival) for *claim, arrival in msgspec.json.decode(rate_claims)}
     for rate, arrival in counters.arrivals().items() if claims else ():
         if rate in claims and delta[rate.metric]:
-            counters.put_arrival(rate, arrival + delta[rate.metric] * rate.period_us)
+            counters.put_arrival(rate, moved_arrival(rate, arrival, claims[rate], delta[rate.metric], now))
 
 
 def _settlement_digest(settlement: Settlement) -> str:

@@ -13,17 +13,18 @@ import weakref
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
+from metering.billing.money import EXACT
 from metering.errors import LedgerError, StoreUnavailable
 from metering.ledger.types import decimal_text
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["connect", "translated"]
+__all__ = ["connect", "is_busy", "translated"]
 
 
 class _Connection(sqlite3.Connection):
-    """A connection that can be abandoned in a forked child."""
+    """A connection that can be abandoned in a child, where a fork did not wait for it (see `forks`)."""
 
 
 _open_connections: weakref.WeakSet[_Connection] = weakref.WeakSet()
@@ -48,7 +49,7 @@ class _ExactSum:
 
     def step(self, value: str | int | None) -> None:
         if value is not None:
-            self.total += Decimal(value)
+            self.total = EXACT.add(self.total, Decimal(value))
 
     def finalize(self) -> str:
         return decimal_text(self.total)
@@ -80,10 +81,14 @@ def connect(path: Path, *, timeout_s: float, create: bool = False) -> sqlite3.Co
     return connection
 
 
+def is_busy(error: sqlite3.Error) -> bool:
+    """Whether another writer held the ledger for longer than the timeout."""
+    return _code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
 def translated(error: sqlite3.Error, path: Path) -> LedgerError:
     """The error a caller can act on for what SQLite reported about the file at `path`."""
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    match code:
+    match _code(error):
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
             return StoreUnavailable(f"ledger {path}: another writer held it for longer than the timeout")
         case sqlite3.SQLITE_FULL:
@@ -96,3 +101,7 @@ def translated(error: sqlite3.Error, path: Path) -> LedgerError:
             return LedgerError(f"ledger {path}: not a readable SQLite database ({error})")
         case _:
             return StoreUnavailable(f"ledger {path}: {error}")
+
+
+def _code(error: sqlite3.Error) -> int:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
