@@ -2,48 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
 import sqlite3
 from dataclasses import replace
 from datetime import datetime, timedelta
 from decimal import Decimal, localcontext
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 
 import msgspec
 
-from metering import windows
-from metering.admission.counters import NOTHING, Counters, dump_units, load_units, units_of
+from metering.admission.counters import NOTHING, Counters, units_of
 from metering.admission.decide import (
     RateCounter,
     asked_amount,
     check_rate,
     check_window,
     counter_of,
-    missing_name,
-    moved_arrival,
     rate_counter_of,
     refusing,
     uncounted,
 )
+from metering.admission.directory import Directory, Placement
+from metering.admission.holding import KeptHold, give_back, keep_hold, move_rates, settlement_digest
 from metering.admission.protocol import Appended, Decision, HoldTicket, LimitStatus, Settled
 from metering.admission.rows import event_row, log_row
 from metering.admission.statements import statements
 from metering.billing.money import EXACT
 from metering.clock import utc_now
-from metering.errors import (
-    IdempotencyConflict,
-    IdempotencyInProgress,
-    InvalidEvent,
-    RevokedKey,
-    SettleConflict,
-    UnknownAccount,
-    UnknownKey,
-)
+from metering.errors import IdempotencyConflict, IdempotencyInProgress, InvalidEvent, SettleConflict
 from metering.events import derive_event_id, new_event_id
 from metering.ledger.sqlite import translated
-from metering.ledger.types import decimal_text, instant_text, parse_instant
-from metering.plans import Plan
+from metering.ledger.types import instant_text, parse_instant
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -60,28 +49,6 @@ MAX_BATCH = 10_000
 EXPIRED_PER_ADMISSION = 16
 EXPIRED_PER_SWEEP = 1_000
 REPLAY_KEPT = timedelta(hours=24)
-LAST_USED_PRECISION = timedelta(minutes=1)
-
-
-class _Account(NamedTuple):
-    """What an admission must know of its account."""
-
-    time_zone: str
-    anchor_day: int
-
-
-class _Hold(NamedTuple):
-    """An open hold as the ledger keeps it."""
-
-    hold_id: str
-    account: str
-    key_id: str
-    line: str
-    admitted_at: str
-    expires_at: str
-    fingerprint: str | None
-    reserved: str
-    rate_claims: str
 
 
 class SqlStore:
@@ -90,7 +57,7 @@ class SqlStore:
     def __init__(self, ledger: Ledger, *, clock: Callable[[], datetime] = utc_now) -> None:
         self._ledger = ledger
         self._clock = clock
-        self._plans: dict[int, Plan] = {}
+        self._directory = Directory()
 
     def admit(self, admission: Admission, now: datetime | None = None) -> Decision:
         """See `AdmissionStore.admit`."""
@@ -121,7 +88,7 @@ class SqlStore:
             at = instant_text(now or self._clock())
             found = cursor.execute(_SQL["find_expired_holds"], {"now": at, "most": EXPIRED_PER_SWEEP}).fetchall()
             for row in found:
-                self._give_back(cursor, _Hold(*row), "expired", parse_instant(at))
+                give_back(cursor, KeptHold(*row), "expired", parse_instant(at))
             return len(found)
 
         total = 0
@@ -141,10 +108,9 @@ class SqlStore:
         with self._ledger.read() as connection, localcontext(EXACT):
             cursor = cast("sqlite3.Cursor", connection.connection.cursor())
             try:
-                _, plan = self._plan_in_force(cursor, account, at)
-                period = self._period(self._account(cursor, account), at)
+                placed = self._directory.place(cursor, account, at)
                 statuses = []
-                for limit in plan.limits:
+                for limit in placed.plan.limits:
                     if limit.scope == "key" and key_id is None:
                         continue
                     counters = Counters(cursor, account=account, line=limit.line, key_id=key_id or "", at=at)
@@ -152,39 +118,44 @@ class SqlStore:
                         arrival = counters.arrivals().get(rate_counter_of(limit, key_id or ""), Decimal(0))
                         statuses.append(check_rate(limit, arrival, 0, at)[1])
                     else:
-                        counter = counter_of(limit, key_id or "", at, period)
+                        counter = counter_of(limit, key_id or "", at, placed.period)
                         statuses.append(check_window(limit, counter.window, counters.used(counter), 0, at)[1])
                 return tuple(statuses)
             except sqlite3.Error as exc:
                 raise translated(exc, self._ledger.path) from exc
 
     def _admit(self, cursor: sqlite3.Cursor, admission: Admission, now: datetime) -> Decision:
-        account, key_id = self._authenticate(cursor, admission.key_digest, now)
+        account, key_id = self._directory.authenticate(cursor, admission.key_digest, now)
         self._expire_some(cursor, account, now)
-        plan_version, plan = self._plan_in_force(cursor, account, now)
+        placed = self._directory.place(cursor, account, now)
         call = admission.call
         keyed = call.idempotency_key is not None
         event_id = admission.event_id
         if call.idempotency_key is not None:
             event_id = derive_event_id("usage", account, call.line, call.idempotency_key)
         base = Decision(
-            allowed=True, event_id=event_id, account=account, plan=plan.name, plan_version=plan_version, key_id=key_id
+            allowed=True,
+            event_id=event_id,
+            account=account,
+            plan=placed.plan.name,
+            plan_version=placed.plan_version,
+            key_id=key_id,
         )
         replay = self._replay(cursor, admission, base, now)
         if replay is not None:
             return replay
 
-        period = self._period(self._account(cursor, account), now)
         counters = Counters(cursor, account=account, line=call.line, key_id=key_id, at=now)
         units = units_of(admission.usage, admission.quantity)
-        statuses, refused, arrivals = _check(plan, admission, units, counters, key_id, period, now)
+        if admission.hold_ttl_s is None:
+            self._directory.require_names(cursor, placed.plan_version, call, units)
+        statuses, refused, arrivals = _check(placed, admission, units, counters, key_id, now)
         if refused:
             return replace(base, allowed=False, limits=tuple(statuses), refused_by=refusing(refused))
 
         counters.move(units)
         for rate, arrival in arrivals.items():
             counters.put_arrival(rate, arrival)
-        label = windows.period_label(period, self._account(cursor, account).time_zone)
         hold = None
         if admission.hold_ttl_s is not None:
             hold = HoldTicket(
@@ -192,27 +163,27 @@ class SqlStore:
                 event_id=event_id,
                 account=account,
                 key_id=key_id,
-                plan_version=plan_version,
-                period=label,
+                plan_version=placed.plan_version,
+                period=placed.label,
                 admitted_at=now,
                 expires_at=now + timedelta(seconds=admission.hold_ttl_s),
                 usage=admission.usage,
                 quantity=admission.quantity,
                 fingerprint=admission.fingerprint,
             )
-            _insert_hold(cursor, hold, call, dump_units(units), _dump_rates(arrivals))
+            keep_hold(cursor, hold, call, units, arrivals)
         else:
             cursor.execute(
                 _SQL["insert_event_id"],
-                {"event_id": event_id.hex, "period": label, "fingerprint": admission.fingerprint},
+                {"event_id": event_id.hex, "period": placed.label, "fingerprint": admission.fingerprint},
             )
             row = event_row(
                 call,
                 event_id=event_id,
                 account=account,
                 key_id=key_id,
-                plan_version=plan_version,
-                period=label,
+                plan_version=placed.plan_version,
+                period=placed.label,
                 occurred_at=now,
                 recorded_at=now,
                 usage=admission.usage,
@@ -241,9 +212,9 @@ class SqlStore:
         row = cursor.execute(_SQL["find_hold_in_flight"], {"event_id": base.event_id.hex}).fetchone()
         if row is None:
             return None
-        hold = _Hold(*row)
+        hold = KeptHold(*row)
         if parse_instant(hold.expires_at) <= now:
-            self._give_back(cursor, hold, "expired", now)
+            give_back(cursor, hold, "expired", now)
             return None
         if hold.fingerprint != admission.fingerprint:
             raise IdempotencyConflict(call.line, call.idempotency_key)
@@ -253,7 +224,7 @@ class SqlStore:
 
     def _settle(self, cursor: sqlite3.Cursor, settlement: Settlement, now: datetime) -> Settled:
         hold, call = settlement.hold, settlement.call
-        digest = _settlement_digest(settlement)
+        digest = settlement_digest(settlement)
         found = cursor.execute(_SQL["find_hold"], {"hold_id": hold.hold_id.hex}).fetchone()
         state, settled_as, settled_event_id, rate_claims = found or ("forgotten", None, None, "[]")
         if state == "settled":
@@ -266,7 +237,7 @@ class SqlStore:
 
         given = units_of(settlement.usage, settlement.quantity)
         if not settlement.estimated:
-            self._refuse_nameless(cursor, hold.plan_version, call, given)
+            self._directory.require_names(cursor, hold.plan_version, call, given)
         late = state != "open"
         event_id, billable = hold.event_id, True
         if not _claim_id(cursor, event_id, hold):
@@ -276,7 +247,7 @@ class SqlStore:
         taken = NOTHING if late else units_of(hold.usage, hold.quantity)
         counters = Counters(cursor, account=hold.account, line=call.line, key_id=hold.key_id, at=hold.admitted_at)
         counters.move(given, taken)
-        _move_rates(counters, rate_claims, {metric: given[metric] - taken[metric] for metric in given}, now)
+        move_rates(counters, rate_claims, {metric: given[metric] - taken[metric] for metric in given}, now)
         row = event_row(
             call,
             event_id=event_id,
@@ -311,24 +282,15 @@ class SqlStore:
         is_open = state == "open"
         if is_open:
             row = cursor.execute(_SQL["find_hold_in_flight"], {"event_id": hold.event_id.hex}).fetchone()
-            self._give_back(cursor, _Hold(*row), "released", now)
+            give_back(cursor, KeptHold(*row), "released", now)
         row = {"event_id": None, "account": hold.account, "key_id": hold.key_id, "line": call.line}
         _keep_bodies(cursor, row, call, bodies, now, replayable=False, hold_id=hold.hold_id)
         return is_open
 
-    def _give_back(self, cursor: sqlite3.Cursor, hold: _Hold, state: str, now: datetime) -> None:
-        cursor.execute(_SQL["close_hold"], {"hold_id": hold.hold_id, "state": state})
-        counters = Counters(
-            cursor, account=hold.account, line=hold.line, key_id=hold.key_id, at=parse_instant(hold.admitted_at)
-        )
-        reserved = load_units(hold.reserved)
-        counters.move(NOTHING, reserved)
-        _move_rates(counters, hold.rate_claims, {metric: -amount for metric, amount in reserved.items()}, now)
-
     def _expire_some(self, cursor: sqlite3.Cursor, account: str, now: datetime) -> None:
         scope = {"account": account, "now": instant_text(now), "most": EXPIRED_PER_ADMISSION}
         for row in cursor.execute(_SQL["find_expired_holds_of_account"], scope).fetchall():
-            self._give_back(cursor, _Hold(*row), "expired", now)
+            give_back(cursor, KeptHold(*row), "expired", now)
 
     def _append(self, cursor: sqlite3.Cursor, events: Sequence[UsageEvent], now: datetime) -> Appended:
         ids = msgspec.json.encode([event.event_id.hex for event in events]).decode()
@@ -343,10 +305,8 @@ class SqlStore:
                     conflicting.append(position)
                 continue
             known[event_id] = event.fingerprint
-            account = self._account(cursor, event.account)
-            plan_version, _ = self._plan_in_force(cursor, event.account, event.occurred_at)
-            label = windows.period_label(self._period(account, event.occurred_at), account.time_zone)
-            id_rows.append({"event_id": event_id, "period": label, "fingerprint": event.fingerprint})
+            placed = self._directory.place(cursor, event.account, event.occurred_at)
+            id_rows.append({"event_id": event_id, "period": placed.label, "fingerprint": event.fingerprint})
             rows.append(
                 event_row(
                     event,
@@ -355,8 +315,8 @@ class SqlStore:
                     corrects=event.corrects,
                     account=event.account,
                     key_id=event.key_id,
-                    plan_version=plan_version,
-                    period=label,
+                    plan_version=placed.plan_version,
+                    period=placed.label,
                     caller_type=event.caller_type,
                     occurred_at=event.occurred_at,
                     recorded_at=now,
@@ -379,56 +339,13 @@ class SqlStore:
             conflicting=tuple(conflicting),
         )
 
-    def _authenticate(self, cursor: sqlite3.Cursor, digest: str, now: datetime) -> tuple[str, str]:
-        found = cursor.execute(_SQL["authenticate"], {"digest": digest}).fetchone()
-        if found is None:
-            raise UnknownKey
-        key_id, account, expires_at, revoked_at, last_used_at = found
-        if revoked_at is not None or (expires_at is not None and parse_instant(expires_at) <= now):
-            raise RevokedKey(key_id, account)
-        if last_used_at is None or parse_instant(last_used_at) + LAST_USED_PRECISION <= now:
-            cursor.execute(_SQL["touch_key"], {"key_id": key_id, "now": instant_text(now)})
-        return account, key_id
-
-    def _account(self, cursor: sqlite3.Cursor, account: str) -> _Account:
-        found = cursor.execute(_SQL["find_account"], {"account": account}).fetchone()
-        if found is None:
-            raise UnknownAccount(account)
-        return _Account(*found)
-
-    def _period(self, account: _Account, at: datetime) -> windows.Window:
-        return windows.period_window(at, time_zone=account.time_zone, anchor_day=account.anchor_day)
-
-    def _plan_in_force(self, cursor: sqlite3.Cursor, account: str, at: datetime) -> tuple[int, Plan]:
-        found = cursor.execute(_SQL["plan_in_force"], {"account": account, "at": instant_text(at)}).fetchone()
-        if found is None:
-            raise UnknownAccount(account)
-        plan_version, name, document = found
-        return plan_version, self._plan(plan_version, name, document)
-
-    def _plan(self, plan_version: int, name: str, document: str) -> Plan:
-        if plan_version not in self._plans:
-            self._plans[plan_version] = Plan.from_dict(name, msgspec.json.decode(document))
-        return self._plans[plan_version]
-
-    def _refuse_nameless(
-        self, cursor: sqlite3.Cursor, plan_version: int, call: Call, units: dict[str, int | Decimal]
-    ) -> None:
-        """Raise `InvalidEvent` where the call leaves out the provider or model that a rate of its plan needs."""
-        found = cursor.execute(_SQL["find_plan_version"], {"plan_version": plan_version}).fetchone()
-        missing = missing_name(self._plan(plan_version, *found), call, units)
-        if missing is not None:
-            name, rate = missing
-            raise InvalidEvent(name, None, f"the {name}: the plan prices this usage by it ({rate})")
-
 
 def _check(
-    plan: Plan,
+    placed: Placement,
     admission: Admission,
     units: dict[str, int | Decimal],
     counters: Counters,
     key_id: str,
-    period: windows.Window,
     now: datetime,
 ) -> tuple[list[LimitStatus], list[LimitStatus], dict[RateCounter, int | Decimal]]:
     """Where every limit stands, those that refuse, and the arrivals to keep if none does."""
@@ -436,7 +353,7 @@ def _check(
     statuses: list[LimitStatus] = []
     refused: list[LimitStatus] = []
     arrivals: dict[RateCounter, int | Decimal] = {}
-    for limit in plan.limits:
+    for limit in placed.plan.limits:
         if limit.line not in ("*", admission.call.line):
             continue
         asked = asked_amount(
@@ -453,7 +370,7 @@ def _check(
             fits, status, arrival = check_rate(limit, kept_arrivals.get(rate, Decimal(0)), asked, now)
             arrivals[rate] = arrival
         else:
-            counter = counter_of(limit, key_id, now, period)
+            counter = counter_of(limit, key_id, now, placed.period)
             fits, status = check_window(limit, counter.window, counters.used(counter), asked, now)
         statuses.append(status)
         if not fits:
@@ -467,25 +384,6 @@ def _check(
             for status in statuses
         ]
     return statuses, refused, arrivals
-
-
-def _insert_hold(cursor: sqlite3.Cursor, hold: HoldTicket, call: Call, reserved: str, rate_claims: str) -> None:
-    cursor.execute(
-        _SQL["insert_hold"],
-        {
-            "hold_id": hold.hold_id.hex,
-            "event_id": hold.event_id.hex,
-            "account": hold.account,
-            "key_id": hold.key_id,
-            "line": call.line,
-            "run_id": call.run_id,
-            "fingerprint": hold.fingerprint,
-            "admitted_at": instant_text(hold.admitted_at),
-            "expires_at": instant_text(hold.expires_at),
-            "reserved": reserved,
-            "rate_claims": rate_claims,
-        },
-    )
 
 
 def _claim_id(cursor: sqlite3.Cursor, event_id: UUID, hold: HoldTicket) -> bool:
@@ -514,32 +412,3 @@ def _keep_bodies(
         )
     if bodies.request is not None or bodies.response is not None or call.error is not None:
         cursor.execute(_SQL["insert_log"], log_row(row, call, bodies, now, hold_id))
-
-
-def _dump_rates(arrivals: dict[RateCounter, int | Decimal]) -> str:
-    claims = [
-        [rate.metric, rate.line, rate.key_id, rate.units, rate.period_us, decimal_text(arrival)]
-        for rate, arrival in arrivals.items()
-    ]
-    return msgspec.json.encode(claims).decode()
-
-
-def _move_rates(counters: Counters, rate_claims: str, delta: dict[str, int | Decimal], now: datetime) -> None:
-    """Move the rates a hold claimed by what it turned out to cost more, or less."""
-    claims = {RateCounter(*claim): Decimal(arrival) for *claim, arrival in msgspec.json.decode(rate_claims)}
-    for rate, arrival in counters.arrivals().items() if claims else ():
-        if rate in claims and delta[rate.metric]:
-            counters.put_arrival(rate, moved_arrival(rate, arrival, claims[rate], delta[rate.metric], now))
-
-
-def _settlement_digest(settlement: Settlement) -> str:
-    call = settlement.call
-    facts = [
-        settlement.usage.to_dict(),
-        decimal_text(settlement.quantity),
-        settlement.estimated,
-        call.provider,
-        call.model,
-        call.service_tier,
-    ]
-    return hashlib.blake2b(msgspec.json.encode(facts), digest_size=16).hexdigest()

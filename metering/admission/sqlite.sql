@@ -6,18 +6,15 @@ SELECT k.key_id, k.account, k.expires_at, k.revoked_at, k.last_used_at
 FROM api_keys AS k
 WHERE k.digest = :digest
 
--- name: find_account
-SELECT time_zone, anchor_day FROM accounts WHERE account = :account
-
--- name: plan_in_force
-SELECT plan_version, plan, document
-FROM plan_versions
-WHERE plan = (
-    SELECT plan FROM account_plans
-    WHERE account = :account AND effective_from <= :at
-    ORDER BY effective_from DESC LIMIT 1
-) AND effective_from <= :at
-ORDER BY effective_from DESC, version DESC
+-- name: place
+SELECT a.time_zone, a.anchor_day, v.plan_version
+FROM accounts AS a JOIN plan_versions AS v ON v.plan = (
+    SELECT p.plan FROM account_plans AS p
+    WHERE p.account = a.account AND p.effective_from <= :at
+    ORDER BY p.effective_from DESC LIMIT 1
+)
+WHERE a.account = :account AND v.effective_from <= :at
+ORDER BY v.effective_from DESC, v.version DESC
 LIMIT 1
 
 -- name: touch_key
