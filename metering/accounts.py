@@ -105,11 +105,11 @@ class Accounts:
         anchor_day: int = 1,
         active_from: datetime | None = None,
     ) -> Account:
-        """Create an account. Raises `AccountConflict` if it exists, `UnknownPlan`, `InvalidSetting`, `InvalidEvent`."""
+        """Create an account. Raises `Conflict` if it exists, `UnknownPlan`, `InvalidSetting`, `InvalidEvent`."""
         with self._ledger.write() as connection:
             existing = _find_account(connection, account, self._clock())
             if existing is not None:
-                raise AccountConflict(account, "plan", existing.plan, plan)
+                raise Conflict(f"account {account!r} exists already, on plan {existing.plan!r}")
             self._insert(connection, account, plan, name, address, time_zone, anchor_day, active_from)
             return self._get(connection, account)
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from zlib import crc32
 
 import typer
 
+from metering.console import fields_of, progress_bar, show
 from metering.errors import InvalidSetting, MeteringError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from metering.importing import ImportReport
     from metering.meter import Meter
 
 __all__ = ["app", "main"]
@@ -50,6 +53,8 @@ Name = Annotated[str | None, typer.Option(help="The name on invoices.")]
 Address = Annotated[list[str] | None, typer.Option(help="A line of the address block; repeat for more.")]
 Label = Annotated[str | None, typer.Option(help="What the key is for.")]
 
+MAX_GRACE_HOURS = 24 * 366
+MAX_ENTRIES = 10_000
 REJECTED = 3
 """Exit status of an import that kept the good rows and refused others."""
 
@@ -58,7 +63,7 @@ def main() -> None:
     """Run the command line. What is wrong is said in one line, without a traceback."""
     try:
         app()
-    except MeteringError as exc:
+    except (MeteringError, OSError) as exc:
         print(f"error: {exc}", file=sys.stderr)
         sys.exit(1)
 
@@ -150,7 +155,7 @@ def plans_list(as_json: AsJson = False) -> None:
         for name, plan in BUILT_IN.items()
         if name not in known
     ]
-    _show(rows, as_json)
+    show(rows, as_json)
 
 
 @accounts.command("create")
@@ -175,14 +180,14 @@ def accounts_create(
             anchor_day=anchor_day,
             active_from=_instant("--active-from", active_from),
         )
-    _show([_fields(created)], as_json)
+    show([fields_of(created)], as_json)
 
 
 @accounts.command("list")
 def accounts_list(as_json: AsJson = False) -> None:
     """Every account."""
     with _meter() as meter:
-        _show([_fields(account) for account in meter.accounts.list()], as_json)
+        show([fields_of(account) for account in meter.accounts.list()], as_json)
 
 
 @accounts.command("change-plan")
@@ -210,7 +215,7 @@ def accounts_update(
             time_zone=time_zone,
             anchor_day=anchor_day,
         )
-    _show([_fields(updated)], as_json)
+    show([fields_of(updated)], as_json)
 
 
 @keys.command("create")
@@ -223,7 +228,7 @@ def keys_create(
     """Issue a key. Its secret is shown now, and never again."""
     with _meter() as meter:
         key = meter.keys.create(account, plan=plan, label=label)
-    _show([{"key_id": key.key_id, "account": key.account, "plan": key.plan, "secret": key.secret}], as_json)
+    show([{"key_id": key.key_id, "account": key.account, "plan": key.plan, "secret": key.secret}], as_json)
 
 
 @keys.command("adopt")
@@ -234,9 +239,11 @@ def keys_adopt(
     as_json: AsJson = False,
 ) -> None:
     """Take over a key issued elsewhere; its secret is read from standard input."""
-    secret = typer.prompt("secret", hide_input=True) if sys.stdin.isatty() else sys.stdin.readline().rstrip("\r\n")
+    secret = (
+        typer.prompt("secret", hide_input=True, err=True) if sys.stdin.isatty() else sys.stdin.readline().rstrip("\r\n")
+    )
     with _meter() as meter:
-        _show([_fields(meter.keys.adopt(secret, account, plan=plan, label=label))], as_json)
+        show([fields_of(meter.keys.adopt(secret, account, plan=plan, label=label))], as_json)
 
 
 @keys.command("list")
@@ -246,7 +253,7 @@ def keys_list(
 ) -> None:
     """Keys, without their secrets."""
     with _meter() as meter:
-        _show([_fields(key) for key in meter.keys.list(account)], as_json)
+        show([fields_of(key) for key in meter.keys.list(account)], as_json)
 
 
 @keys.command("revoke")
@@ -263,9 +270,11 @@ def keys_rotate(
     as_json: AsJson = False,
 ) -> None:
     """Issue a successor; the old key works until the grace time is over."""
+    if not 0 <= grace_hours <= MAX_GRACE_HOURS:
+        raise InvalidSetting("--grace-hours", grace_hours, f"0 to {MAX_GRACE_HOURS} hours")
     with _meter() as meter:
         key = meter.keys.rotate(key_id, grace=timedelta(hours=grace_hours))
-    _show([{"key_id": key.key_id, "account": key.account, "plan": key.plan, "secret": key.secret}], as_json)
+    show([{"key_id": key.key_id, "account": key.account, "plan": key.plan, "secret": key.secret}], as_json)
 
 
 @app.command("import")
@@ -294,25 +303,28 @@ def import_files(
     from metering.importing import Importer
     from metering.settings import Settings
 
-    given = {"account": account, "line": line, "provider": provider, "model": model, "plan": plan}
-    reports = []
+    constants = {"account": account, "line": line, "provider": provider, "model": model, "plan": plan}
+    reports: list[ImportReport] = []
     with _meter() as meter:
         importer = Importer(
             meter.ledger,
             meter.accounts,
             mapping=_parse_mapping(mapping or []),
-            constants={name: value for name, value in given.items() if value is not None},
+            constants={name: value for name, value in constants.items() if value is not None},
             clock=utc_now,
         )
         folder = rejects or Settings.from_env().home / "rejects"
-        for path in files:
-            with _progress(path.name) as progress:
-                reports.append(
-                    importer.run(path, source=source, rejects=folder / f"{path.stem}.csv", progress=progress)
-                )
-    _show([_fields(report) for report in reports], as_json)
-    if not as_json and any(report.zoneless_times for report in reports):
-        typer.echo("times without a zone were read as UTC", err=True)
+        try:
+            for path in files:
+                with progress_bar(path.name) as progress:
+                    reports.append(
+                        importer.run(path, source=source, rejects=folder / _rejects_name(path), progress=progress)
+                    )
+        finally:
+            if reports or as_json:
+                show([fields_of(report) for report in reports], as_json)
+            if any(report.zoneless_times for report in reports):
+                typer.echo("times without a zone were read as UTC", err=True)
     if any(report.rejected for report in reports):
         sys.exit(REJECTED)
 
@@ -328,7 +340,7 @@ def usage(
     """What an account used."""
     with _meter() as meter:
         totals = meter.usage(account, start=_instant("--start", start), end=_instant("--end", end), by=by)  # type: ignore[arg-type]
-    _show([_fields(total) for total in totals], as_json)
+    show([fields_of(total) for total in totals], as_json)
 
 
 @app.command()
@@ -344,7 +356,7 @@ def quota(
         {"limit": str(s.limit), "used": s.used, "max": s.max, "remaining": s.remaining, "reset_at": s.reset_at}
         for s in statuses
     ]
-    _show(rows, as_json)
+    show(rows, as_json)
 
 
 @app.command()
@@ -360,6 +372,10 @@ def log(
     """The request log: bodies, errors and latencies of calls."""
     from metering.ledger import admin_log
 
+    if not 1 <= limit <= MAX_ENTRIES:
+        raise InvalidSetting("--limit", limit, f"1 to {MAX_ENTRIES}")
+    if admin and (account or key_id or start or end):
+        raise InvalidSetting("--admin", True, "no account, key or time beside it: the admin log is shown as it is")
     with _meter() as meter:
         entries: Iterable[Any]
         if admin:
@@ -369,7 +385,7 @@ def log(
             entries = meter.log(
                 account, key_id=key_id, start=_instant("--start", start), end=_instant("--end", end), limit=limit
             )
-        _show([_fields(entry) for entry in entries], as_json)
+        show([fields_of(entry) for entry in entries], as_json)
 
 
 @app.command()
@@ -393,7 +409,7 @@ def verify(as_json: AsJson = False) -> None:
         if not check.agrees
     ]
     if as_json or wrong:
-        _show(wrong, as_json)
+        show(wrong, as_json)
     if not as_json:
         typer.echo(f"{len(checks)} counters, {len(wrong)} differ from the ledger")
     if wrong:
@@ -406,7 +422,7 @@ def doctor(as_json: AsJson = False) -> None:
     from metering.doctor import examine
 
     findings = examine()
-    _show([_fields(finding) for finding in findings], as_json)
+    show([fields_of(finding) for finding in findings], as_json)
     if not all(finding.ok for finding in findings):
         sys.exit(1)
 
@@ -419,20 +435,6 @@ def _meter(*, create: bool = False) -> Iterator[Meter]:
         yield meter
 
 
-@contextmanager
-def _progress(name: str) -> Iterator[Any]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    with Progress(console=console) as progress:
-        task = progress.add_task(name, total=1.0)
-        yield lambda done: progress.update(task, completed=done)
-
-
 def _actor() -> str:
     from getpass import getuser
 
@@ -442,13 +444,19 @@ def _actor() -> str:
         return "command line"
 
 
+def _rejects_name(path: Path) -> str:
+    """Never the file's own name, and another one for its namesake in another folder."""
+    return f"{path.stem}-{crc32(bytes(path.resolve())):08x}.rejects.csv"
+
+
 def _parse_mapping(given: Sequence[str]) -> dict[str, str]:
-    mapping = {}
+    mapping: dict[str, str] = {}
     for pair in (pair for option in given for pair in option.split(",")):
         name, separator, column = pair.partition("=")
         if not (separator and name and column):
             raise InvalidSetting("--map", pair, "FIELD=COLUMN")
-        mapping[name.strip()] = column.strip()
+        if mapping.setdefault(name.strip(), column.strip()) != column.strip():
+            raise InvalidSetting("--map", pair, f"one column for {name.strip()}, which is mapped already")
     return mapping
 
 
@@ -457,53 +465,9 @@ def _instant(name: str, text: str | None) -> datetime | None:
         return None
     try:
         at = datetime.fromisoformat(text)
-    except ValueError:
+        return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
+    except (ValueError, OverflowError):
         raise InvalidSetting(name, text, "a time such as 2023-11-01 or 2023-11-01T12:00Z") from None
-    return at.replace(tzinfo=UTC) if at.tzinfo is None else at.astimezone(UTC)
-
-
-def _fields(record: Any) -> dict[str, Any]:
-    return {name: getattr(record, name) for name in record.__dataclass_fields__}
-
-
-def _show(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
-    """As JSON, one as fields, or several as a table."""
-    if as_json:
-        import msgspec
-
-        typer.echo(msgspec.json.format(msgspec.json.encode(rows, enc_hook=str)).decode())
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    if not rows:
-        typer.echo("nothing")
-        return
-    # A piped table must not be cut to a width that nobody sees.
-    console = Console() if sys.stdout.isatty() else Console(width=400)
-    if len(rows) == 1:
-        table = Table.grid(padding=(0, 2))
-        for name, value in rows[0].items():
-            table.add_row(name, Text(_cell(value)))
-    else:
-        shown = [name for name in rows[0] if any(row[name] not in (None, "", 0, [], ()) for row in rows)]
-        table = Table(*shown)
-        for row in rows:
-            table.add_row(*(Text(_cell(row[name])) for name in shown))
-    console.print(table)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, datetime):
-        return value.strftime("%Y-%m-%d %H:%M:%SZ")
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    if isinstance(value, list | tuple):
-        return "\n".join(str(item) for item in value) or "-"
-    return str(value)
 
 
 if __name__ == "__main__":

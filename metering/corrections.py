@@ -26,7 +26,7 @@ _SQL = statements("sqlite")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Correction:
-    """The two events that correct one, or none where the fact already was as asked."""
+    """The two events that correct one; None where it already was as asked. `replacement` is what is billed now."""
 
     original: UUID
     reversal: UUID | None
@@ -45,19 +45,34 @@ def correct(
     reason: str,
     now: datetime,
 ) -> Correction:
-    """Replace what is billed for a fact; None keeps a value. Raises `UnknownEvent`, `CorrectionConflict`."""
+    """Replace the billed event `event_id`; None keeps a value.
+
+    Both new ids derive from the event they replace, so the same correction is booked once, however often it is sent.
+    Raises `CorrectionConflict` where that event was replaced before by other values, `UnknownEvent`.
+    """
+    said = {} if usage is None else dict(usage.to_dict())
+    given: dict[str, Any] = {"model": model, "provider": provider, "billable": billable, **said}
+    if quantity is not None:
+        given["quantity"] = decimal_text(quantity)
+    wanted = {name: value for name, value in given.items() if value is not None}
 
     def work(shared_cursor: sqlite3.Cursor) -> Correction:
         cursor = shared_cursor.connection.cursor()
         cursor.row_factory = sqlite3.Row
-        original, current = _current(cursor, event_id)
-        changed = dict(current)
-        if usage is not None:
-            changed.update(usage.to_dict())
-        if quantity is not None:
-            changed["quantity"] = decimal_text(quantity)
-        said = {"model": model, "provider": provider, "billable": billable}
-        changed.update({name: value for name, value in said.items() if value is not None})
+        current = _find(cursor, event_id)
+        if current is None:
+            raise UnknownEvent(event_id)
+        if current["requests"] < 0:
+            raise CorrectionConflict(f"event {event_id} is a reversal: correct the replacement that came with it")
+        original = UUID(current["corrects"] or current["event_id"])
+        reversal = derive_event_id("reversal", event_id.hex)
+        replacement = derive_event_id("replacement", event_id.hex)
+        changed = current | wanted
+        booked = _find(cursor, replacement)
+        if booked is not None:
+            if any(booked[name] != changed[name] for name in _CORRECTABLE):
+                raise CorrectionConflict(f"event {event_id} was corrected before: event {replacement} is billed for it")
+            return Correction(original=original, reversal=reversal, replacement=replacement)
         if changed == current:
             return Correction(original=original, reversal=None, replacement=None)
         shared = {
@@ -68,12 +83,14 @@ def correct(
             "fingerprint": None,
             "reason": reason,
         }
-        reversal = derive_event_id("reversal", current["event_id"])
-        replacement = derive_event_id("replacement", current["event_id"])
         negated = {name: -current[name] for name in ("requests", *TOKEN_FIELDS)}
         negated["quantity"] = decimal_text(-Decimal(current["quantity"]))
-        _insert(cursor, current | negated | shared | {"event_id": reversal.hex})
-        _insert(cursor, changed | shared | {"event_id": replacement.hex})
+        for row in (
+            current | negated | shared | {"event_id": reversal.hex},
+            changed | shared | {"event_id": replacement.hex},
+        ):
+            cursor.execute(_SQL["insert_event_id"], row)
+            cursor.execute(_SQL["insert_event"], row)
         if current["counted"]:
             _move_counters(shared_cursor, current, changed)
         return Correction(original=original, reversal=reversal, replacement=replacement)
@@ -81,27 +98,16 @@ def correct(
     return ledger.writer.run(work)
 
 
-def _current(cursor: sqlite3.Cursor, event_id: UUID) -> tuple[UUID, dict[str, Any]]:
-    """The fact an id belongs to, and the event that is billed for it now."""
+_CORRECTABLE = (*TOKEN_FIELDS, "quantity", "model", "provider", "billable")
+
+
+def _find(cursor: sqlite3.Cursor, event_id: UUID) -> dict[str, Any] | None:
     row = cursor.execute(_SQL["find_event"], {"event_id": event_id.hex}).fetchone()
     if row is None:
-        raise UnknownEvent(event_id)
-    original = UUID(row["corrects"] or row["event_id"])
-    newest = cursor.execute(_SQL["find_newest_replacement"], {"original": original.hex}).fetchone()
-    if newest is None:
-        newest = cursor.execute(_SQL["find_event"], {"event_id": original.hex}).fetchone()
-        if newest is None:
-            raise UnknownEvent(original)
-    values = dict(newest)
+        return None
+    values = dict(row)
     del values["seq"]
-    return original, values
-
-
-def _insert(cursor: sqlite3.Cursor, row: dict[str, Any]) -> None:
-    cursor.execute(_SQL["insert_event_id"], row)
-    if cursor.rowcount != 1:
-        raise CorrectionConflict(f"event {row['corrects']} was corrected meanwhile; read it again")
-    cursor.execute(_SQL["insert_event"], row)
+    return values
 
 
 def _move_counters(cursor: sqlite3.Cursor, before: dict[str, Any], after: dict[str, Any]) -> None:

@@ -32,7 +32,10 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at settings, ledger, plans and counters. Changes nothing and never raises."""
-    settings = Settings.from_env()
+    try:
+        settings = Settings.from_env()
+    except MeteringError as exc:
+        return [Finding(what="settings", ok=False, says=str(exc))]
     findings = [Finding(what="home", ok=True, says=str(settings.home.absolute()))]
     try:
         ledger = Ledger(settings.ledger_url, timeout_s=settings.timeout_s)
@@ -47,6 +50,8 @@ def examine() -> list[Finding]:
         findings += [_finding(what, look, ledger) for what, look in with_ledger]
         ledger.close()
     findings.append(_plans(settings))
+    warehouse = "is there" if settings.warehouse.exists() else "is absent: `python -m flows` makes it"
+    findings.append(Finding(what="warehouse", ok=True, says=f"{settings.warehouse} {warehouse}"))
     return findings
 
 

@@ -38,6 +38,7 @@ CALLER_TYPES = ("production_agent", "dashboard", "internal")
 MAX_NAME = 255
 MAX_LINE = 64
 MAX_ATTRIBUTES_BYTES = 4096
+MAX_LATENCY_MS = 2**31 - 1
 
 _NAMESPACE = b"tallystick"
 
@@ -130,8 +131,12 @@ class Call:
             value = getattr(self, name)
             if value is not None:
                 checks.text(name, value, MAX_NAME)
-        if self.latency_ms is not None and (type(self.latency_ms) is not int or self.latency_ms < 0):
-            raise InvalidEvent("latency_ms", self.latency_ms, "a whole number of milliseconds, 0 or more")
+        if self.latency_ms is not None and (
+            type(self.latency_ms) is not int or not 0 <= self.latency_ms <= MAX_LATENCY_MS
+        ):
+            raise InvalidEvent("latency_ms", self.latency_ms, f"a whole number of milliseconds, 0 to {MAX_LATENCY_MS}")
+        if type(self.platform_paid) is not bool:
+            raise InvalidEvent("platform_paid", self.platform_paid, "True or False")
         encode_attributes(self.attributes)
 
 

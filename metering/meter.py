@@ -221,9 +221,9 @@ class Meter:
         billable: bool | None = None,
         reason: str,
     ) -> Correction:
-        """Book a reversal of what is billed for a fact, and a full replacement; None keeps a value.
+        """Book a reversal of a billed event, and a full replacement; None keeps a value. Twice the same is once.
 
-        Raises `UnknownEvent`, and `CorrectionConflict` where another correction came first.
+        Raises `UnknownEvent`, and `CorrectionConflict` where other values replaced that event before.
         """
         if not isinstance(event_id, UUID):
             raise InvalidEvent("event_id", event_id, "a UUID")

@@ -46,7 +46,10 @@ class Settings:
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
         """Read the environment, and `.env` for what it does not set. Raises `InvalidSetting`."""
         if environ is None:
-            in_file = {name: value for name, value in dotenv_values(".env").items() if value is not None}
+            try:
+                in_file = {name: value for name, value in dotenv_values(".env").items() if value is not None}
+            except (OSError, UnicodeDecodeError) as exc:
+                raise InvalidSetting("settings", ".env", f"a readable file in UTF-8 ({exc})") from exc
             environ = {**in_file, **os.environ}
         home = Path(environ.get("METERING_HOME") or ".tallystick")
         if environ.get("METERING_QUOTA_URL"):

@@ -150,11 +150,5 @@ INSERT INTO request_log (
 -- name: find_event
 SELECT * FROM events WHERE event_id = :event_id
 
--- name: find_newest_replacement
-SELECT * FROM events
-WHERE corrects = :original AND requests > 0
-ORDER BY seq DESC
-LIMIT 1
-
 -- name: find_plan_version
 SELECT plan, document FROM plan_versions WHERE plan_version = :plan_version

@@ -5,31 +5,34 @@ from __future__ import annotations
 import csv
 import hashlib
 import sqlite3
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from metering import checks
 from metering.admission.sql import MAX_BATCH, SqlStore
-from metering.errors import InvalidEvent, InvalidFile, InvalidSetting
-from metering.events import TOKEN_FIELDS, TokenUsage, UsageEvent, derive_event_id
-from metering.importing.readers import RawRow, open_rows
-from metering.importing.values import FIELDS, is_blank, raw_text
+from metering.errors import InvalidEvent, InvalidFile, InvalidSetting, StoreUnavailable, UnknownPlan
+from metering.events import MAX_LINE, MAX_NAME, TOKEN_FIELDS, TokenUsage, UsageEvent, derive_event_id
+from metering.importing.readers import open_rows
+from metering.importing.values import FIELDS, is_blank
 
 if TYPE_CHECKING:
     import io
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from datetime import datetime
     from pathlib import Path
 
     from metering.accounts import Accounts
+    from metering.importing.readers import RawRow, Reader
     from metering.ledger import Ledger
 
 __all__ = ["ImportReport", "Importer"]
 
 ROWS_PER_COMMIT = 5_000
 assert ROWS_PER_COMMIT <= MAX_BATCH
+MOST_LISTED = 30
 
 
 @dataclass(slots=True, kw_only=True)
@@ -50,18 +53,22 @@ class ImportReport:
 
 @dataclass(frozen=True, slots=True)
 class _Parsed:
-    row: RawRow
+    number: int
+    raw: dict[str, Any]
     event: UsageEvent
     plan: str | None
     zoneless: bool
 
 
 class Importer:
-    """Imports files into one ledger.
+    """Imports files into one ledger. Imports ask no limits.
 
     A row's identity is its idempotency key, scoped to account and line, where one is mapped; else the digest of the
-    source's name, its mapped values as written, and how many equal rows came before it in the file. Imports ask no
-    limits. Accounts that are new are created where the row, or `constants`, names a plan.
+    source's name, account, line, its mapped values as written, and how many equal rows came before it in the file.
+    A row known by that identity, but with another fingerprint, is refused: other values under one key, or the same
+    row with other constants.
+
+    Accounts that are new are created where the row, or `constants`, names a plan. `mapping` is field -> column.
     """
 
     def __init__(
@@ -79,10 +86,14 @@ class Importer:
         both = sorted(mapping.keys() & constants.keys())
         if both:
             raise InvalidSetting("--map", both[0], f"either a column or a constant for {both[0]}, not both")
+        for name, value in constants.items():
+            _checked_name(f"--{name}", value, MAX_LINE if name == "line" else MAX_NAME)
         self._ledger = ledger
         self._accounts = accounts
         self._mapping = dict(mapping)
         self._constants = dict(constants)
+        described = {name: value for name, value in constants.items() if name not in ("account", "line", "plan")}
+        self._described = _digest(described).hex() if described else None
         self._store = SqlStore(ledger, clock=clock)
 
     def run(
@@ -91,64 +102,76 @@ class Importer:
         """Import one file. Good rows are kept, bad ones go to the CSV file `rejects` with their number and reason.
 
         Raises `InvalidFile` for one that cannot be read (rows before the break are kept), `InvalidSetting` for a
-        column that is not there, `UnknownPlan`.
+        column that is not there, `UnknownPlan` for a constant that is none.
         """
-        report = ImportReport(source=source or path.stem)
+        report = ImportReport(source=_checked_name("--source", source or path.stem, MAX_NAME))
+        if rejects.resolve() == path.resolve():
+            raise InvalidSetting("--rejects", str(rejects), "another file than the one to import")
         with open_rows(path) as reader, _Rejects(rejects) as rejected, _Occurrences() as occurrences:
-            columns = self._columns(reader.columns)
-            rows = iter(reader.rows)
-            while batch := list(islice(rows, ROWS_PER_COMMIT)):
-                parsed = []
-                for row in batch:
+            columns = self._columns(reader)
+            batch: list[_Parsed] = []
+            try:
+                for row in reader.rows:
+                    report.rows += 1
+                    raw = {
+                        name: value for name, column in columns.items() if not is_blank(value := row.values.get(column))
+                    }
                     try:
-                        parsed.append(self._parse(row, columns, report.source, occurrences))
+                        batch.append(self._parse(row, raw, report.source, occurrences))
                     except InvalidEvent as exc:
-                        rejected.add(row, str(exc))
-                self._commit(parsed, report, rejected)
-                report.rows += len(batch)
-                if progress is not None:
-                    progress(batch[-1].progress)
+                        rejected.add(row.number, raw, row.problem or str(exc))
+                    if report.rows % ROWS_PER_COMMIT == 0:
+                        self._commit(batch, report, rejected)
+                        batch = []
+                        if progress is not None:
+                            progress(row.progress)
+            except InvalidFile:
+                self._commit(batch, report, rejected)
+                raise
+            self._commit(batch, report, rejected)
             report.rejected = rejected.count
+        if progress is not None:
+            progress(1.0)
         report.rejects_file = rejects if report.rejected else None
         return report
 
-    def _columns(self, seen: list[str] | None) -> dict[str, str]:
+    def _columns(self, reader: Reader) -> dict[str, str]:
         """Field -> column. A column that has a field's name needs no mapping."""
         columns = dict(self._mapping)
         for name in FIELDS:
-            if name not in columns and name not in self._constants and (seen is None or name in seen):
+            if name not in columns and name not in self._constants and (reader.open_ended or name in reader.columns):
                 columns[name] = name
+        if reader.open_ended and not reader.columns:
+            return columns  # no row yet to be wrong about
+        seen = f"a column of the file: {_listed(reader.columns)}"
         for name, column in self._mapping.items():
-            if seen is not None and column not in seen:
-                raise InvalidSetting("--map", f"{name}={column}", f"a column of the file: {', '.join(seen)}")
+            if column not in reader.columns:
+                raise InvalidSetting("--map", f"{name}={column}", seen)
         for name in ("occurred_at", "account", "line"):
-            if name not in columns and name not in self._constants:
-                hint = "--map occurred_at=COLUMN" if name == "occurred_at" else f"--{name} NAME or --map {name}=COLUMN"
-                raise InvalidSetting(name, None, f"{hint}; the file has the columns {', '.join(seen or [])}")
+            if name not in self._constants and columns.get(name) not in reader.columns:
+                hint = "" if name == "occurred_at" else f"--{name} NAME or "
+                raise InvalidSetting(name, None, f"{hint}--map {name}=COLUMN, with {seen}")
         return columns
 
-    def _parse(self, row: RawRow, columns: Mapping[str, str], source: str, occurrences: _Occurrences) -> _Parsed:
+    def _parse(self, row: RawRow, raw: dict[str, Any], source: str, occurrences: _Occurrences) -> _Parsed:
         if row.problem is not None:
-            raise InvalidEvent(f"row {row.number}", "(unreadable)", row.problem)
-        raw: dict[str, Any] = dict(self._constants)
-        for name, column in columns.items():
-            value = row.values.get(column)
-            if not is_blank(value):
-                raw[name] = value
-        if "occurred_at" not in raw:
+            raise InvalidEvent("row", row.number, "a row that can be read")
+        if "occurred_at" not in raw and "occurred_at" not in self._constants:
             raise InvalidEvent("occurred_at", None, "a time in every row")
-        values = {name: FIELDS[name](name, value) for name, value in raw.items()}
+        values = {name: FIELDS[name](name, value) for name, value in (self._constants | raw).items()}
         occurred_at, zoneless = values.pop("occurred_at")
         plan = values.pop("plan", None)
-        usage = TokenUsage(**{name: values.pop(name) for name in TOKEN_FIELDS if name in values})
-        account, line = values.get("account", ""), values.get("line", "")
-        identity = [part for name in sorted(raw) if name != "plan" for part in (name, raw_text(raw[name]))]
+        account, line = values.setdefault("account", ""), values.setdefault("line", "")
         key = values.get("idempotency_key")
-        event_id, fingerprint = (
-            (derive_event_id("import", account, line, key), _digest(identity).hex())
-            if key is not None
-            else (_row_id(source, account, line, identity, occurrences), None)
-        )
+        if key is not None:
+            event_id = derive_event_id("import", account, line, key)
+            fingerprint: str | None = _digest([occurred_at, values]).hex()
+        else:
+            written = {name: value for name, value in raw.items() if name != "plan"}
+            digest = _digest([source, account, line, written])
+            event_id = derive_event_id("row", digest.hex(), str(occurrences.before(digest)))
+            fingerprint = self._described
+        usage = TokenUsage(**{name: values.pop(name) for name in TOKEN_FIELDS if name in values})
         billable = values.get("caller_type", "production_agent") == "production_agent"
         event = UsageEvent(
             event_id=event_id,
@@ -158,41 +181,55 @@ class Importer:
             fingerprint=fingerprint,
             source=source,
             billable=billable,
-            **{"account": account, "line": line, **values},
+            **values,
         )
-        return _Parsed(row, event, plan, zoneless)
+        return _Parsed(row.number, raw, event, plan, zoneless)
 
     def _commit(self, parsed: list[_Parsed], report: ImportReport, rejected: _Rejects) -> None:
-        known = self._ensure_accounts(parsed, report)
+        refused = self._ensure_accounts(parsed, report)
         accepted = []
         for item in parsed:
-            if item.event.account in known:
+            problem = refused.get(item.event.account)
+            if problem is None:
                 accepted.append(item)
             else:
-                problem = f"account: {item.event.account!r} is not known; --plan NAME creates it"
-                rejected.add(item.row, problem)
+                rejected.add(item.number, item.raw, problem)
         appended = self._store.append([item.event for item in accepted])
         conflicting = set(appended.conflicting)
         for position, item in enumerate(accepted):
             report.zoneless_times += item.zoneless
             if position in conflicting:
                 key = item.event.idempotency_key
-                rejected.add(item.row, f"idempotency_key: {key!r} was imported before with other values")
+                same = "row: the same" if key is None else f"idempotency_key: {key!r}"
+                rejected.add(item.number, item.raw, f"{same} was imported before with other values")
         report.inserted += appended.inserted
         report.known += appended.known
 
-    def _ensure_accounts(self, parsed: list[_Parsed], report: ImportReport) -> set[str]:
+    def _ensure_accounts(self, parsed: list[_Parsed], report: ImportReport) -> dict[str, str]:
+        """Create the accounts that are new. Why it could not be, for those where it could not."""
         wanted: dict[str, str | None] = {}
         for item in parsed:
             wanted[item.event.account] = wanted.get(item.event.account) or item.plan
+        refused: dict[str, str] = {}
+        created: list[str] = []
         with self._ledger.write() as connection:
             known = self._accounts.known(connection, wanted)
             for account, plan in wanted.items():
-                if account not in known and plan is not None:
-                    self._accounts.ensure(connection, account, plan, active_from=None)
-                    report.accounts_created.append(account)
-                    known.add(account)
-        return known
+                if account in known:
+                    continue
+                if plan is None:
+                    refused[account] = f"account: {account!r} is not known; --plan NAME creates it"
+                    continue
+                try:
+                    with connection.begin_nested():
+                        self._accounts.ensure(connection, account, plan, active_from=None)
+                    created.append(account)
+                except UnknownPlan as exc:
+                    if "plan" in self._constants:
+                        raise
+                    refused[account] = str(exc)
+        report.accounts_created += created
+        return refused
 
 
 class _Occurrences:
@@ -209,9 +246,13 @@ class _Occurrences:
 
     def before(self, digest: bytes) -> int:
         """Count this occurrence; how many there were before it."""
-        row = self._connection.execute(
-            "INSERT INTO seen VALUES (?, 1) ON CONFLICT DO UPDATE SET times = times + 1 RETURNING times - 1", (digest,)
-        ).fetchone()
+        try:
+            row = self._connection.execute(
+                "INSERT INTO seen VALUES (?, 1) ON CONFLICT DO UPDATE SET times = times + 1 RETURNING times - 1",
+                (digest,),
+            ).fetchone()
+        except sqlite3.Error as exc:
+            raise StoreUnavailable(f"the import's temporary file: {exc}") from exc
         return int(row[0])
 
 
@@ -227,36 +268,48 @@ class _Rejects:
     def __enter__(self) -> _Rejects:
         return self
 
-    def add(self, row: RawRow, reason: str) -> None:
+    def add(self, number: int, values: dict[str, Any], reason: str) -> None:
         """Note one row."""
         self.count += 1
-        if self._file is None:
-            try:
+        with self._translated():
+            if self._file is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = self._partial.open("w", encoding="utf-8", newline="")
-            except OSError as exc:
-                raise InvalidFile(self._path, f"rejects cannot be written: {exc.strerror}") from exc
-            csv.writer(self._file).writerow(["row", "reason", "values"])
-        values = msgspec.json.encode(row.values, enc_hook=str).decode()
-        csv.writer(self._file).writerow([row.number, reason, values])
+                csv.writer(self._file).writerow(["row", "reason", "values"])
+            csv.writer(self._file).writerow([number, reason, _json(values).decode()])
 
-    def __exit__(self, *exc_info: object) -> None:
-        if self._file is None:
-            self._path.unlink(missing_ok=True)
-        else:
-            self._file.close()
-            self._partial.replace(self._path)
+    def __exit__(self, kind: object, *exc_info: object) -> None:
+        with self._translated():
+            if self._file is not None:
+                self._file.close()
+                self._partial.replace(self._path)
+            elif kind is None and self._path.parent.is_dir():
+                self._path.unlink(missing_ok=True)
+                self._partial.unlink(missing_ok=True)
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as exc:
+            raise InvalidFile(self._path, f"refused rows cannot be written here: {exc.strerror}") from exc
 
 
-def _row_id(source: str, account: str, line: str, identity: list[str], occurrences: _Occurrences) -> Any:
-    digest = _digest([source, account, line, *identity])
-    return derive_event_id("row", digest.hex(), str(occurrences.before(digest)))
+def _checked_name(name: str, value: object, max_length: int) -> str:
+    try:
+        return checks.text(name, value, max_length)
+    except InvalidEvent as exc:
+        raise InvalidSetting(name, value, exc.expected) from None
 
 
-def _digest(parts: list[str]) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        encoded = part.encode("utf-8", "surrogatepass")
-        digest.update(len(encoded).to_bytes(8, "big"))
-        digest.update(encoded)
-    return digest.digest()
+def _listed(names: list[str]) -> str:
+    shown = names if len(names) <= MOST_LISTED else [*names[:MOST_LISTED], f"and {len(names) - MOST_LISTED} more"]
+    return ", ".join(shown)
+
+
+def _json(value: Any) -> bytes:
+    return msgspec.json.encode(value, order="sorted", enc_hook=str)
+
+
+def _digest(value: Any) -> bytes:
+    return hashlib.blake2b(_json(value), digest_size=16).digest()

@@ -5,33 +5,29 @@ from __future__ import annotations
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from typing import Any
+from uuid import UUID
 
 import msgspec
 
 from metering.errors import InvalidEvent
 
-__all__ = ["FIELDS", "is_blank", "parse_instant", "parse_quantity", "parse_whole", "raw_text"]
+__all__ = ["FIELDS", "is_blank", "parse_instant", "parse_quantity", "parse_whole"]
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_FIRST_SECOND = Decimal(10) ** 8
-_FIRST_MILLISECOND = Decimal(10) ** 11
-_LAST_MILLISECOND = Decimal(10) ** 14
+# Seconds of 2001 to 2286 have 10 digits, milliseconds 13: neither can be a date such as 20231116 or 202311161817.
+_FIRST_SECOND, _LAST_SECOND = Decimal(10) ** 9, Decimal(10) ** 10
+_FIRST_YEAR, _LAST_YEAR = 1970, 2286
+
+_TIME = "a time such as 2023-11-16T18:17:03Z, or epoch seconds or milliseconds"
+_MAX_WHOLE = 2**63
+
+_decode = msgspec.json.Decoder().decode
+_encode = msgspec.json.Encoder(decimal_format="number").encode
 
 
 def is_blank(value: Any) -> bool:
     """Whether a cell says nothing."""
-    return value is None or value == "" or (isinstance(value, float) and value != value)  # noqa: PLR0124  NaN
-
-
-def raw_text(value: Any) -> str:
-    """A cell as text for a row's identity; equal cells give equal text."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, datetime | date):
-        return value.isoformat()
-    if isinstance(value, dict | list):
-        return msgspec.json.encode(value, order="sorted").decode()
-    return repr(value)
+    return value is None or value == ""
 
 
 def parse_instant(field: str, value: Any) -> tuple[datetime, bool]:
@@ -40,42 +36,41 @@ def parse_instant(field: str, value: Any) -> tuple[datetime, bool]:
     ISO 8601 with any number of fractional digits (beyond microseconds they are cut off), with an offset, `Z` or none;
     epoch seconds, with or without fraction, and epoch milliseconds; `datetime` and `date` objects.
     """
+    at = value
     if isinstance(value, str):
-        value = value.strip()
         number = _number(value)
         if number is not None:
             return _from_epoch(field, value, number), False
         try:
-            value = datetime.fromisoformat(value)
+            at = datetime.fromisoformat(value.strip())
         except ValueError:
-            raise InvalidEvent(field, value, "a time such as 2023-11-16T18:17:03Z, or epoch seconds") from None
-    elif isinstance(value, int | float | Decimal) and not isinstance(value, bool):
-        return _from_epoch(field, value, Decimal(repr(value)) if isinstance(value, float) else Decimal(value)), False
-    elif isinstance(value, date) and not isinstance(value, datetime):
-        value = datetime(value.year, value.month, value.day)  # noqa: DTZ001  made aware below
-    if not isinstance(value, datetime):
-        raise InvalidEvent(field, value, "a time such as 2023-11-16T18:17:03Z, or epoch seconds")
-    if value.tzinfo is None:
-        return value.replace(tzinfo=UTC), True
-    return value.astimezone(UTC), False
+            raise InvalidEvent(field, value, _TIME) from None
+    elif not isinstance(value, date):
+        number = _exact(value)
+        if number is None:
+            raise InvalidEvent(field, value, _TIME)
+        return _from_epoch(field, value, number), False
+    elif not isinstance(value, datetime):
+        at = datetime(value.year, value.month, value.day)  # noqa: DTZ001  made aware below
+    if not _FIRST_YEAR <= at.year <= _LAST_YEAR:
+        raise InvalidEvent(field, value, f"a time of the years {_FIRST_YEAR} to {_LAST_YEAR}")
+    if at.tzinfo is None:
+        return at.replace(tzinfo=UTC), True
+    return at.astimezone(UTC), False
 
 
 def parse_whole(field: str, value: Any) -> int:
     """A whole number: `812`, 812 or 812.0."""
-    if is_blank(value):
-        return 0
-    if type(value) is int:
-        return value
     number = _number(value) if isinstance(value, str) else _exact(value)
-    if number is None or number != number.to_integral_value():
+    if number is None or not number.is_finite() or number != number.to_integral_value():
         raise InvalidEvent(field, value, "a whole number")
+    if abs(number) >= _MAX_WHOLE:
+        raise InvalidEvent(field, value, "a whole number below 2^63")
     return int(number)
 
 
 def parse_quantity(field: str, value: Any) -> Decimal:
     """A quantity, exactly as written; a binary float counts as the shortest decimal that means it."""
-    if is_blank(value):
-        return Decimal(0)
     number = _number(value) if isinstance(value, str) else _exact(value)
     if number is None:
         raise InvalidEvent(field, value, "a decimal number")
@@ -95,19 +90,32 @@ def parse_bool(field: str, value: Any) -> bool:
 
 def parse_attributes(field: str, value: Any) -> dict[str, Any]:
     """A JSON object, or text that is one."""
-    if isinstance(value, str):
-        try:
-            value = msgspec.json.decode(value)
-        except msgspec.DecodeError:
-            raise InvalidEvent(field, value, "a JSON object") from None
-    if not isinstance(value, dict):
+    try:
+        attributes = _decode(value if isinstance(value, str) else _encode(value))
+    except (msgspec.DecodeError, TypeError, RecursionError):
+        raise InvalidEvent(field, value, "a JSON object") from None
+    if not isinstance(attributes, dict):
         raise InvalidEvent(field, value, "a JSON object")
-    return value
+    return attributes
 
 
-def parse_name(field: str, value: Any) -> str:  # noqa: ARG001
-    """Text as it stands."""
-    return value if isinstance(value, str) else raw_text(value)
+def parse_name(field: str, value: Any) -> str:
+    """Text as it stands, a whole number as its digits."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            raise InvalidEvent(field, value, "text in UTF-8") from None
+    if isinstance(value, UUID):
+        return str(value)
+    if isinstance(value, float):  # an id that went through a float may have lost its last digits
+        raise InvalidEvent(field, value, "text or a whole number")
+    try:
+        return str(parse_whole(field, value))
+    except InvalidEvent as exc:
+        raise InvalidEvent(field, value, "text or a whole number") from exc
 
 
 FIELDS: dict[str, Any] = {
@@ -142,7 +150,7 @@ FIELDS: dict[str, Any] = {
 
 
 def _number(text: str) -> Decimal | None:
-    if not text.isascii():
+    if not text.isascii() or "_" in text:
         return None
     try:
         return Decimal(text.strip())
@@ -159,7 +167,8 @@ def _exact(value: Any) -> Decimal | None:
 
 
 def _from_epoch(field: str, value: Any, number: Decimal) -> datetime:
-    if not number.is_finite() or not _FIRST_SECOND <= number < _LAST_MILLISECOND:
-        raise InvalidEvent(field, value, "epoch seconds or milliseconds from 1973 on, or a time in ISO 8601")
-    seconds = number if number < _FIRST_MILLISECOND else number / 1000
-    return _EPOCH + timedelta(microseconds=int(seconds * 1_000_000))
+    if number.is_finite():
+        for seconds in (number, number / 1000):
+            if _FIRST_SECOND <= seconds < _LAST_SECOND:
+                return _EPOCH + timedelta(microseconds=int(seconds * 1_000_000))
+    raise InvalidEvent(field, value, f"{_TIME} of the years 2001 to {_LAST_YEAR}")

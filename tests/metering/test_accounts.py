@@ -56,8 +56,8 @@ def test_an_account_keeps_its_plan(meter: Meter) -> None:
     ) as caught:
         meter.keys.create("acme", plan="free")
     assert (caught.value.field, caught.value.recorded, caught.value.asked) == ("plan", "pro", "free")
-    with pytest.raises(AccountConflict):
-        meter.accounts.create("acme", plan="free")
+    with pytest.raises(Conflict, match="account 'acme' exists already, on plan 'pro'"):
+        meter.accounts.create("acme", plan="pro")
     with pytest.raises(InvalidSetting, match="plan: got None, expected a plan, because account 'new' is new"):
         meter.keys.create("new")
     assert len(meter.keys.list("acme")) == 3

@@ -10,7 +10,7 @@ import pytest
 
 from metering import TokenUsage
 from metering.admission.verify import check_counters
-from metering.errors import InvalidEvent, UnknownEvent
+from metering.errors import CorrectionConflict, InvalidEvent, UnknownEvent
 from metering.events import TOKEN_FIELDS
 from metering.ledger import plan_versions
 from metering.plans import Limit, Plan
@@ -78,18 +78,32 @@ def test_a_correction_is_a_reversal_and_a_replacement(meter: Meter, billed: UUID
 def test_the_same_correction_twice_is_one(meter: Meter, billed: UUID) -> None:
     first = meter.correct(billed, quantity=2, reason="r")
     again = meter.correct(billed, quantity=Decimal("2.0"), reason="r")
-    assert (again.original, again.reversal, again.replacement) == (billed, None, None)
+    assert again == first
     assert first.reversal is not None
     assert len(rows(meter)) == 3
 
 
-def test_a_correction_of_a_correction_replaces_the_newest(meter: Meter, billed: UUID) -> None:
+def test_a_correction_that_changes_nothing_books_nothing(meter: Meter, billed: UUID) -> None:
+    done = meter.correct(billed, billable=True, reason="r")
+    assert (done.original, done.reversal, done.replacement) == (billed, None, None)
+    assert len(rows(meter)) == 1
+
+
+def test_another_correction_of_what_was_replaced_is_refused(meter: Meter, billed: UUID) -> None:
+    first = meter.correct(billed, usage=TokenUsage(input_tokens=50), reason="one")
+    with pytest.raises(CorrectionConflict, match=str(first.replacement)):
+        meter.correct(billed, usage=TokenUsage(input_tokens=51), reason="two")
+    assert first.reversal is not None
+    with pytest.raises(CorrectionConflict, match="is a reversal"):
+        meter.correct(first.reversal, usage=TokenUsage(input_tokens=51), reason="two")
+    assert len(rows(meter)) == 3
+
+
+def test_a_correction_of_a_correction_replaces_it(meter: Meter, billed: UUID) -> None:
     first = meter.correct(billed, usage=TokenUsage(input_tokens=50), reason="one")
     assert first.replacement is not None
-    assert first.reversal is not None
-    for number, event_id in enumerate((billed, first.replacement, first.reversal), start=1):
-        done = meter.correct(event_id, usage=TokenUsage(input_tokens=50 + number), reason="more")
-        assert done.original == billed
+    second = meter.correct(first.replacement, usage=TokenUsage(input_tokens=53), reason="two")
+    assert second.original == billed
     assert meter.usage("acme")[0].input_tokens == 53
     assert meter.usage("acme")[0].requests == 1
     assert [status.used for status in meter.quota("acme")] == [53, 1]
