@@ -1,6 +1,6 @@
 """The whole way in one go: a month of usage into a ledger, and its bills out. `make demo` runs this.
 
-Without files it makes up a month of traffic (`examples.traffic`, always the same) on the plans of `examples/plans.toml`.
+Without files it makes up a month of traffic, always the same (`examples.traffic`), on `examples/plans.toml`.
 With files it bills those; what `tallystick import` takes after them is passed on.
 """
 
