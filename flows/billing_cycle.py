@@ -9,6 +9,8 @@ from prefect import flow
 from flows.aggregate_usage import aggregate_usage
 from flows.bill_period import bill_period
 from flows.command import run
+from flows.places import billed_month
+from metering.clock import utc_now
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,9 +20,13 @@ __all__ = ["billing_cycle"]
 
 @flow
 def billing_cycle(period: str | None = None) -> Path:
-    """Run the jobs of one period (`YYYY-MM`, last month unless said) in order. Returns the index page's path."""
+    """Run the jobs of one period (`YYYY-MM`, last month unless said) in order. Returns the index page's path.
+
+    Raises what they raise; a period that is not a month before anything is done.
+    """
+    month = billed_month(period, utc_now())
     aggregate_usage()
-    return bill_period(period)
+    return bill_period(month)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metering.errors import MeteringError
-from tasks.warehouse import WarehouseError
+from tasks.errors import JobError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,11 +34,17 @@ def call(job: Callable[..., Any], **parameters: Any) -> int:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         result = job(**parameters)
-    except (MeteringError, WarehouseError) as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        return 1
+    except (MeteringError, JobError) as exc:
+        return _failed(str(exc))
+    except OSError as exc:
+        return _failed(f"{exc.filename}: {exc.strerror}" if exc.filename else str(exc))
     if isinstance(result, dict):
         print(json.dumps(result))
     elif isinstance(result, Path):
         print(result.absolute())
     return 0
+
+
+def _failed(problem: str) -> int:
+    print("error:", " ".join(problem.splitlines()), file=sys.stderr)
+    return 1

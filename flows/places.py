@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
+from metering.errors import InvalidSetting
 from metering.ledger import Ledger
 from metering.settings import Settings
 from metering.windows import period_of_month
@@ -36,9 +37,13 @@ class Places:
 
 def billed_month(period: str | None, now: datetime) -> str:
     """The month to bill: `period`, checked to be `YYYY-MM`, else the one before `now`. Raises `InvalidSetting`."""
-    month = period or _previous_month(now)
-    period_of_month(month, time_zone="UTC", anchor_day=1)
-    return month
+    if period is None:
+        return _previous_month(now)
+    try:
+        period_of_month(period, time_zone="UTC", anchor_day=1)
+    except InvalidSetting as exc:
+        raise InvalidSetting("period", period, exc.expected) from None
+    return period
 
 
 def _previous_month(now: datetime) -> str:

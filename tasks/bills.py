@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -15,23 +16,26 @@ from metering.accounts import list_accounts
 from metering.billing.invoices import Invoice, UsageSum, build_invoice
 from metering.clock import utc_now
 from metering.errors import MeteringError
+from metering.events import TOKEN_FIELDS
 from metering.ledger import Ledger, plan_versions
 from metering.windows import period_of_month
 from reports.files import write_atomically
 from reports.invoice import invoice_csv, invoice_html
 from reports.summary import AccountRow, ModelRow, PeriodSummary, UsageDay, summary_html
-from tasks.warehouse import open_for_reading, sql
+from tasks.errors import ReportError
+from tasks.warehouse import lease, open_for_reading, sql
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     import duckdb
 
-__all__ = ["Bills", "build_bills", "file_stem", "usage_sums", "write_index", "write_invoices"]
+__all__ = ["Bills", "build_bills", "file_stem", "invoice_files", "usage_sums", "write_index", "write_invoices"]
 
 LONGEST_FILE_NAME = 150
 INSTANT = timedelta(microseconds=1)
+AMOUNTS = ("requests", "quantity", *TOKEN_FIELDS, "cost", "unpriced_requests")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,49 +49,50 @@ class Bills:
 
 @task
 def write_invoices(ledger_url: str, warehouse: Path, out: Path, period: str) -> list[tuple[str, str]]:
-    """Write the period's invoices as JSON, CSV and HTML under `out`; returns (account, reason) of those not billed."""
+    """Write the period's invoices as JSON, CSV and HTML under `out`; returns (account, reason) of those not billed.
+
+    Files of invoices that are no longer there go. Raises `WarehouseError`, `ReportError`.
+    """
     with open_for_reading(warehouse) as connection:
         usage = usage_sums(connection, period)
     bills = build_bills(ledger_url, usage, period)
-    folder = out / period / "invoices"
-    folder.mkdir(parents=True, exist_ok=True)
-    for invoice in bills.invoices:
-        stem = file_stem(invoice)
-        write_atomically(folder / f"{stem}.json", invoice.to_json())
-        write_atomically(folder / f"{stem}.csv", invoice_csv(invoice))
-        write_atomically(folder / f"{stem}.html", invoice_html(invoice))
-    current = {file_stem(invoice) for invoice in bills.invoices}
-    for path in folder.iterdir():
-        if path.suffix in {".json", ".csv", ".html"} and path.stem not in current:
-            path.unlink()
+    with _folder(out, period) as folder:
+        current = set()
+        for invoice in bills.invoices:
+            for name, content in invoice_files(invoice).items():
+                _write(folder / "invoices" / name, content)
+                current.add(name)
+        for path in (folder / "invoices").iterdir():
+            if path.name not in current:
+                path.unlink()
     return list(bills.problems)
 
 
 @task
 def write_index(warehouse: Path, out: Path, period: str, problems: list[tuple[str, str]]) -> Path:
-    """Write the index page of the invoices under `out`; returns its path."""
-    folder = out / period
-    invoices = sorted(
-        (Invoice.from_json(path.read_bytes()) for path in (folder / "invoices").glob("*.json")),
-        key=lambda invoice: invoice.account,
-    )
+    """Write the index page of the invoices under `out`; returns its path. Raises `WarehouseError`, `ReportError`."""
     with open_for_reading(warehouse) as connection:
         days = tuple(UsageDay(**row) for row in _rows(connection, "usage_by_day", period))
         models = tuple(ModelRow(**row) for row in _rows(connection, "usage_by_model", period))
-    summary = PeriodSummary(
-        period=period,
-        accounts=tuple(_account_row(invoice) for invoice in invoices),
-        days=days,
-        models=models,
-        problems=tuple((account, reason) for account, reason in problems),
-    )
-    page = folder / "index.html"
-    write_atomically(page, summary_html(summary))
+    with _folder(out, period) as folder:
+        invoices = [Invoice.from_json(path.read_bytes()) for path in (folder / "invoices").glob("*.json")]
+        summary = PeriodSummary(
+            period=period,
+            accounts=tuple(_account_row(invoice) for invoice in sorted(invoices, key=lambda invoice: invoice.account)),
+            days=days,
+            models=models,
+            problems=tuple((account, reason) for account, reason in problems),
+        )
+        page = folder / "index.html"
+        _write(page, summary_html(summary))
     return page
 
 
 def build_bills(ledger_url: str, usage: Mapping[str, Iterable[UsageSum]], period: str) -> Bills:
-    """Price each account's usage. An account with nothing to pay and no usage gets no invoice."""
+    """Price each account's usage.
+
+    No invoice for an account with nothing to pay and no usage, nor for one that began later and has no usage.
+    """
     invoices: list[Invoice] = []
     problems: list[tuple[str, str]] = []
     ledger = Ledger(ledger_url)
@@ -96,6 +101,11 @@ def build_bills(ledger_url: str, usage: Mapping[str, Iterable[UsageSum]], period
             plans = {version.plan_version: version.plan for version in plan_versions.versions(connection)}
             for account in list_accounts(connection, utc_now()):
                 window = period_of_month(period, time_zone=account.time_zone, anchor_day=account.anchor_day)
+                began_later = account.active_from is not None and account.active_from >= window.end
+                # A correction may have taken all of a group back.
+                used = [row for row in usage.get(account.account, ()) if any(getattr(row, name) for name in AMOUNTS)]
+                if began_later and not used:
+                    continue
                 in_force = plan_versions.in_force(connection, account.account, window.end - INSTANT)
                 assert in_force is not None
                 try:
@@ -109,7 +119,7 @@ def build_bills(ledger_url: str, usage: Mapping[str, Iterable[UsageSum]], period
                         period_start=window.start,
                         period_end=window.end,
                         time_zone=account.time_zone,
-                        usage=usage.get(account.account, ()),
+                        usage=used,
                         active_from=account.active_from,
                     )
                 except MeteringError as exc:
@@ -120,6 +130,16 @@ def build_bills(ledger_url: str, usage: Mapping[str, Iterable[UsageSum]], period
     finally:
         ledger.close()
     return Bills(invoices=tuple(invoices), problems=tuple(problems))
+
+
+def invoice_files(invoice: Invoice) -> dict[str, bytes]:
+    """The files an invoice is written as, by name."""
+    stem = file_stem(invoice)
+    return {
+        f"{stem}.json": invoice.to_json(),
+        f"{stem}.csv": invoice_csv(invoice).encode(),
+        f"{stem}.html": invoice_html(invoice).encode(),
+    }
 
 
 def file_stem(invoice: Invoice) -> str:
@@ -136,6 +156,27 @@ def usage_sums(connection: duckdb.DuckDBPyConnection, period: str) -> dict[str, 
     for row in _rows(connection, "usage_sums", period):
         sums[row.pop("account")].append(UsageSum(**row))
     return sums
+
+
+@contextmanager
+def _folder(out: Path, period: str) -> Iterator[Path]:
+    """The folder of a period's reports, for one writer at a time, without what a killed one left in the middle."""
+    folder = out / period
+    try:
+        with lease(folder, exclusive=True):
+            (folder / "invoices").mkdir(parents=True, exist_ok=True)
+            for path in folder.rglob(".*.tmp"):
+                path.unlink()
+            yield folder
+    except OSError as exc:
+        raise ReportError(folder, exc) from exc
+
+
+def _write(path: Path, content: str | bytes) -> None:
+    try:
+        write_atomically(path, content)
+    except OSError as exc:
+        raise ReportError(path, exc) from exc
 
 
 def _rows(connection: duckdb.DuckDBPyConnection, query: str, period: str) -> list[dict[str, Any]]:

@@ -39,15 +39,16 @@ def cost_events(ledger_url: str, costed_at: datetime) -> int:
     ledger = Ledger(ledger_url)
     costed = 0
     try:
-        while batch := _cost_batch(ledger, costed_at):
-            costed += batch
+        # Prices are looked up outside the write transaction: admissions are waiting for it.
+        while costs := _next_costs(ledger):
+            costed += _book(ledger, costs, costed_at)
     finally:
         ledger.close()
     return costed
 
 
 def provider_cost(event: Mapping[str, Any]) -> Decimal | None:
-    """USD that the provider charges for one event; None where no price is known.
+    """USD that the provider charges for one event, to 12 decimals; None where no price is known.
 
     Per request, because tiered model prices cannot be applied to a sum; prices are those of genai-prices at the time
     of the event. Nothing for calls on the customer's own key, and for events without tokens.
@@ -66,7 +67,7 @@ def provider_cost(event: Mapping[str, Any]) -> Decimal | None:
             genai_request_timestamp=event["occurred_at"],
             price_context=None if event["service_tier"] is None else {"service_tier": event["service_tier"]},
         )
-    except LookupError:
+    except (LookupError, ValueError):  # a ValueError where usage overlaps so that its parts cannot be told apart
         return None
     return price.total_price.quantize(PLACES)
 
@@ -77,43 +78,46 @@ def price_version() -> str:
     return f"genai-prices {version('genai-prices')}"
 
 
-def _cost_batch(ledger: Ledger, costed_at: datetime) -> int:
-    with ledger.write() as connection:
+def _next_costs(ledger: Ledger) -> dict[int, Decimal | None]:
+    """Seq -> cost of the next events without one."""
+    with ledger.read() as connection:
         newest = connection.execute(sa.select(sa.func.max(event_costs.c.seq))).scalar() or 0
         rows = connection.execute(
             sa.select(events).where(events.c.seq > newest).order_by(events.c.seq).limit(EVENTS_PER_COMMIT)
         )
-        costs = [
-            {
-                "seq": event["seq"],
-                "cost": _cost_of_reversed(connection, event) if event["requests"] < 0 else provider_cost(event),
-                "price_version": price_version(),
-                "costed_at": costed_at,
-            }
-            for event in map(_by_name, rows)
+        costs: dict[int, Decimal | None] = {}
+        for row in rows:
+            event = row._asdict()
+            costs[row.seq] = _reversed_cost(connection, event, costs) if row.requests < 0 else provider_cost(event)
+        return costs
+
+
+def _book(ledger: Ledger, costs: Mapping[int, Decimal | None], costed_at: datetime) -> int:
+    """Write costs, but for events that another run has costed meanwhile; how many were written."""
+    with ledger.write() as connection:
+        newest = connection.execute(sa.select(sa.func.max(event_costs.c.seq))).scalar() or 0
+        rows = [
+            {"seq": seq, "cost": cost, "price_version": price_version(), "costed_at": costed_at}
+            for seq, cost in costs.items()
+            if seq > newest
         ]
-        if costs:
-            connection.execute(event_costs.insert(), costs)
-    return len(costs)
+        if rows:
+            connection.execute(event_costs.insert(), rows)
+        return len(rows)
 
 
-def _by_name(row: sa.Row[Any]) -> dict[str, Any]:
-    return row._asdict()
-
-
-def _cost_of_reversed(connection: sa.Connection, reversal: Mapping[str, Any]) -> Decimal | None:
-    """Exactly the cost that was booked for what is taken back, whatever prices are now."""
+def _reversed_cost(
+    connection: sa.Connection, reversal: Mapping[str, Any], costs: Mapping[int, Decimal | None]
+) -> Decimal | None:
+    """Exactly the cost that was booked for what is taken back, whatever prices are now. `costs` are not booked yet."""
     original: UUID = reversal["corrects"]
-    query = (
-        sa.select(events.c.event_id, event_costs.c.cost)
-        .join(event_costs, event_costs.c.seq == events.c.seq)
+    candidates = (
+        sa.select(events.c.seq, events.c.event_id, event_costs.c.cost)
+        .outerjoin(event_costs, event_costs.c.seq == events.c.seq)
         .where(sa.or_(events.c.event_id == original, events.c.corrects == original), events.c.requests > 0)
     )
-    for event_id, cost in connection.execute(query):
+    for seq, event_id, booked in connection.execute(candidates):
         if derive_event_id("reversal", event_id.hex) == reversal["event_id"]:
+            cost: Decimal | None = costs.get(seq, booked)
             return None if cost is None else -cost
-    return None if reversal["model"] is None else -(provider_cost(_positive(reversal)) or Decimal(0))
-
-
-def _positive(reversal: Mapping[str, Any]) -> dict[str, Any]:
-    return {**reversal, **{name: -reversal[name] for name in _PRICED}}
+    return None

@@ -1,19 +1,20 @@
--- The same sums from the ledger itself, by SQLite: the independent side of `verify`.
+-- The same sums from the ledger itself, by SQLite: the independent side of `verify`. Also of events that no job has
+-- seen yet, so that what is not billed shows.
 SELECT
     e.account, e.plan_version, e.line, e.provider, e.model, e.service_tier,
     sum(e.requests) AS requests,
     exact_sum(e.quantity) AS quantity,
-    sum(e.input_tokens) AS input_tokens,
-    sum(e.cache_read_tokens) AS cache_read_tokens,
-    sum(e.cache_write_tokens) AS cache_write_tokens,
-    sum(e.cache_write_1h_tokens) AS cache_write_1h_tokens,
-    sum(e.input_audio_tokens) AS input_audio_tokens,
-    sum(e.output_tokens) AS output_tokens,
-    sum(e.reasoning_tokens) AS reasoning_tokens,
-    sum(e.output_audio_tokens) AS output_audio_tokens,
+    exact_sum(e.input_tokens) AS input_tokens,
+    exact_sum(e.cache_read_tokens) AS cache_read_tokens,
+    exact_sum(e.cache_write_tokens) AS cache_write_tokens,
+    exact_sum(e.cache_write_1h_tokens) AS cache_write_1h_tokens,
+    exact_sum(e.input_audio_tokens) AS input_audio_tokens,
+    exact_sum(e.output_tokens) AS output_tokens,
+    exact_sum(e.reasoning_tokens) AS reasoning_tokens,
+    exact_sum(e.output_audio_tokens) AS output_audio_tokens,
     exact_sum(c.cost) AS cost,
     coalesce(sum(CASE WHEN c.cost IS NULL THEN e.requests END), 0) AS unpriced_requests
-FROM events AS e JOIN event_costs AS c ON c.seq = e.seq
+FROM events AS e LEFT JOIN event_costs AS c ON c.seq = e.seq
 WHERE e.period = :period AND e.billable
 GROUP BY e.account, e.plan_version, e.line, e.provider, e.model, e.service_tier
 ORDER BY e.account, e.plan_version, e.line, e.provider, e.model, e.service_tier

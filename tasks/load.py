@@ -9,18 +9,26 @@ from pathlib import Path
 
 from prefect import task
 
-from tasks.warehouse import WarehouseError
+from tasks.errors import WarehouseError
+from tasks.warehouse import lease
 
-__all__ = ["load_ledger"]
+__all__ = ["load_into", "load_ledger"]
 
 ROOT = Path(__file__).parent.parent
 
 
 @task
 def load_ledger(ledger: Path, warehouse: Path) -> dict[str, int]:
-    """Load what is new; returns `loaded` events and the `watermark` reached. Raises `WarehouseError`.
+    """Load what is new; returns `loaded` events and the `watermark` reached. Raises `WarehouseError`."""
+    with lease(warehouse, exclusive=True) as held:
+        return load_into(ledger, warehouse, held)
 
-    A fresh interpreter, never a fork: see `tasks.load_worker`.
+
+def load_into(ledger: Path, warehouse: Path, held: int) -> dict[str, int]:
+    """Load what is new, under the lease of descriptor `held`.
+
+    A fresh interpreter, never a fork: see `tasks.load_worker`. It inherits the lease, so that a worker whose parent
+    was killed keeps others out until it has ended too.
     """
     worker = subprocess.run(  # noqa: S603  our own module
         [sys.executable, "-m", "tasks.load_worker", str(ledger.absolute()), str(warehouse.absolute())],
@@ -28,6 +36,7 @@ def load_ledger(ledger: Path, warehouse: Path) -> dict[str, int]:
         capture_output=True,
         text=True,
         check=False,
+        pass_fds=(held,),
     )
     try:
         answer = json.loads(worker.stdout)

@@ -1,5 +1,5 @@
--- New ledger rows, ($above, $up_to] by seq. sqlite_query runs inside SQLite, on the primary key, so the cost follows
--- the batch and not the history; it hands everything over as text.
+-- New ledger rows: seq above `above`, and not above `up_to`. sqlite_query runs inside SQLite, on the primary keys, so
+-- the time it takes follows the batch and not the history; it hands everything over as text.
 INSERT INTO warehouse.usage_events
 SELECT
     e.seq::BIGINT,
@@ -36,10 +36,10 @@ SELECT
     e.late::BOOLEAN,
     e.idempotency_key,
     e.source,
-    c.cost::DECIMAL(38, 12)
+    e.cost::DECIMAL(38, 12)
 FROM sqlite_query(
-    'ledger', 'SELECT * FROM events WHERE seq > ? AND seq <= ?', params = row($above::BIGINT, $up_to::BIGINT)
-) AS e
-JOIN sqlite_query(
-    'ledger', 'SELECT seq, cost FROM event_costs WHERE seq > ? AND seq <= ?', params = row($above::BIGINT, $up_to::BIGINT)
-) AS c ON c.seq = e.seq;
+    'ledger',
+    'SELECT e.*, c.cost FROM events AS e JOIN event_costs AS c ON c.seq = e.seq
+    WHERE e.seq > ? AND e.seq <= ? ORDER BY e.seq',
+    params = row(getvariable('above'), getvariable('up_to'))
+) AS e;

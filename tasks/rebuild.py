@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from prefect import task
 
-from tasks.load import load_ledger
+from tasks.load import load_into
 from tasks.warehouse import lease
 
 if TYPE_CHECKING:
@@ -17,13 +17,12 @@ __all__ = ["rebuild_warehouse"]
 
 @task
 def rebuild_warehouse(ledger: Path, warehouse: Path) -> dict[str, int]:
-    """Load every event into a new file, and put it in the old one's place once it is whole."""
+    """Load every event into a new file, and put it in the old one's place once it is whole. Raises `WarehouseError`."""
     fresh = warehouse.with_name(warehouse.name + ".rebuilding")
-    for leftover in (fresh, fresh.with_name(fresh.name + ".wal")):
-        leftover.unlink(missing_ok=True)
-    loaded = load_ledger.fn(ledger, fresh)
-    with lease(warehouse, exclusive=True):
+    with lease(warehouse, exclusive=True) as held:
+        fresh.unlink(missing_ok=True)
+        loaded = load_into(ledger, fresh, held)
+        # In this order: a kill in between leaves an older state that is whole, never a log beside another file.
         warehouse.with_name(warehouse.name + ".wal").unlink(missing_ok=True)
         fresh.replace(warehouse)
-        fresh.with_name(fresh.name + ".lease").unlink(missing_ok=True)
     return loaded

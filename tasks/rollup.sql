@@ -24,5 +24,5 @@ SELECT
     coalesce(sum(cost), 0),
     coalesce(sum(requests) FILTER (WHERE cost IS NULL), 0)
 FROM warehouse.usage_events
-WHERE seq > $above AND seq <= $up_to
+WHERE seq > getvariable('above') AND seq <= getvariable('up_to')
 GROUP BY ALL;

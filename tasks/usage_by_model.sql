@@ -3,8 +3,8 @@ SELECT
     provider,
     model,
     sum(requests)::BIGINT AS requests,
-    sum(input_tokens)::BIGINT AS input_tokens,
-    sum(output_tokens)::BIGINT AS output_tokens,
+    sum(input_tokens)::HUGEINT AS input_tokens,
+    sum(output_tokens)::HUGEINT AS output_tokens,
     sum(cost) AS cost
 FROM usage_15m
 WHERE period = $period AND billable AND (model IS NOT NULL OR input_tokens + output_tokens <> 0)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 
 from metering.billing.invoices import UsageSum
+from metering.events import TOKEN_FIELDS
 from metering.ledger import Ledger
-from tasks.bills import build_bills, file_stem, usage_sums
+from tasks.bills import build_bills, invoice_files, usage_sums
 from tasks.warehouse import open_for_reading, sql
 
 if TYPE_CHECKING:
@@ -34,9 +35,10 @@ def rollup_differences(ledger_url: str, warehouse: Path, period: str) -> list[st
 def invoice_differences(ledger_url: str, out: Path, period: str) -> list[str]:
     """Which invoice files of a period are not, byte for byte, what the ledger's events come to; empty if none."""
     folder = out / period / "invoices"
-    bills = build_bills(ledger_url, _ledger_sums(ledger_url, period), period)
-    expected = {f"{file_stem(invoice)}.json": invoice.to_json() for invoice in bills.invoices}
-    found = {path.name: path.read_bytes() for path in folder.glob("*.json")}
+    expected: dict[str, bytes] = {}
+    for invoice in build_bills(ledger_url, _ledger_sums(ledger_url, period), period).invoices:
+        expected |= invoice_files(invoice)
+    found = {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else {}
     differences = [f"{name}: is missing" for name in sorted(expected.keys() - found.keys())]
     differences += [f"{name}: bills nothing that is in the ledger" for name in sorted(found.keys() - expected.keys())]
     differences += [
@@ -55,7 +57,8 @@ def _ledger_sums(ledger_url: str, period: str) -> dict[str, list[UsageSum]]:
             for row in connection.execute(sa.text(sql("ledger_sums")), {"period": period}).mappings():
                 values = dict(row)
                 values["quantity"] = Decimal(values["quantity"])
-                values["cost"] = Decimal(values["cost"] or 0)
+                values["cost"] = Decimal(values["cost"])
+                values |= {name: int(values[name]) for name in TOKEN_FIELDS}
                 sums[values.pop("account")].append(UsageSum(**values))
     finally:
         ledger.close()

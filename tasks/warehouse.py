@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING
 
 import duckdb
 
+from tasks.errors import WarehouseError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["WarehouseError", "lease", "open_for_reading", "open_for_writing", "sql"]
-
-
-class WarehouseError(Exception):
-    """The warehouse cannot be used; the message says what to do."""
+__all__ = ["lease", "open_for_reading", "open_for_writing", "quoted", "sql"]
 
 
 @cache
@@ -27,19 +25,27 @@ def sql(name: str) -> str:
     return files("tasks").joinpath(f"{name}.sql").read_text(encoding="utf-8")
 
 
+def quoted(path: Path) -> str:
+    """A path as an SQL string."""
+    return "'" + str(path).replace("'", "''") + "'"
+
+
 @contextmanager
-def lease(path: Path, *, exclusive: bool) -> Iterator[None]:
-    """Wait for the right to open the warehouse: one writer, or any number of readers. Ends with the process."""
+def lease(path: Path, *, exclusive: bool) -> Iterator[int]:
+    """Wait for the right to use what is at `path`: one writer, or any number of readers.
+
+    Yields the descriptor that holds it; a process that inherits that holds it too. It ends with the last of them.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(path.name + ".lease").open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
-        yield
+        yield file.fileno()
 
 
 @contextmanager
 def open_for_writing(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """The warehouse attached as `warehouse`, created if it is new. Holds the exclusive lease."""
-    with lease(path, exclusive=True), _session() as connection:
+    """The warehouse attached as `warehouse`, created if it is new. Whoever opens it so holds the exclusive lease."""
+    with _session(path) as connection:
         _attach(connection, path, "")
         connection.execute("USE warehouse")
         connection.execute(sql("warehouse"))
@@ -48,8 +54,8 @@ def open_for_writing(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
 
 @contextmanager
 def open_for_reading(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """The warehouse attached read-only as `warehouse`. Holds a shared lease."""
-    with lease(path, exclusive=False), _session() as connection:
+    """The warehouse attached read-only as `warehouse`. Takes the shared lease."""
+    with lease(path, exclusive=False), _session(path) as connection:
         if not path.exists():
             raise WarehouseError(f"warehouse {path}: is not there; `python -m flows aggregate-usage` builds it")
         _attach(connection, path, " (READ_ONLY)")
@@ -58,20 +64,21 @@ def open_for_reading(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
 
 
 @contextmanager
-def _session() -> Iterator[duckdb.DuckDBPyConnection]:
+def _session(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     with duckdb.connect() as connection:
         # Nothing may be fetched: the one extension needed comes in a wheel.
         connection.execute("SET autoinstall_known_extensions = false")
         connection.execute("SET TimeZone = 'UTC'")
         connection.execute("SET enable_progress_bar = false")
+        connection.execute(f"SET temp_directory = {quoted(path.with_name(path.name + '.tmp'))}")
         yield connection
 
 
 def _attach(connection: duckdb.DuckDBPyConnection, path: Path, options: str) -> None:
-    quoted = str(path).replace("'", "''")
     try:
-        connection.execute(f"ATTACH '{quoted}' AS warehouse{options}")
+        connection.execute(f"ATTACH {quoted(path)} AS warehouse{options}")
     except duckdb.Error as exc:
-        raise WarehouseError(
-            f"warehouse {path}: cannot be opened ({exc}); it is derived, `python -m flows rebuild` makes it anew"
-        ) from exc
+        advice = "it is derived, `python -m flows rebuild` makes it anew"
+        if "Could not set lock" in str(exc):
+            advice = "another program has it open, and must close it first"
+        raise WarehouseError(f"warehouse {path}: cannot be opened ({exc}); {advice}") from exc

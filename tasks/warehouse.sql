@@ -45,6 +45,7 @@ CREATE TABLE IF NOT EXISTS usage_events (
 );
 
 -- Delta rows: each load appends the sums of its own batch, so a quarter hour may have several rows to be added up.
+-- A thousand of the largest token counts allowed no longer fit into 64 bits.
 CREATE TABLE IF NOT EXISTS usage_15m (
     quarter TIMESTAMPTZ NOT NULL,
     account VARCHAR NOT NULL,
@@ -57,14 +58,14 @@ CREATE TABLE IF NOT EXISTS usage_15m (
     period VARCHAR NOT NULL,
     billable BOOLEAN NOT NULL,
     requests BIGINT NOT NULL,
-    input_tokens BIGINT NOT NULL,
-    cache_read_tokens BIGINT NOT NULL,
-    cache_write_tokens BIGINT NOT NULL,
-    cache_write_1h_tokens BIGINT NOT NULL,
-    input_audio_tokens BIGINT NOT NULL,
-    output_tokens BIGINT NOT NULL,
-    reasoning_tokens BIGINT NOT NULL,
-    output_audio_tokens BIGINT NOT NULL,
+    input_tokens DECIMAL(38, 0) NOT NULL,
+    cache_read_tokens DECIMAL(38, 0) NOT NULL,
+    cache_write_tokens DECIMAL(38, 0) NOT NULL,
+    cache_write_1h_tokens DECIMAL(38, 0) NOT NULL,
+    input_audio_tokens DECIMAL(38, 0) NOT NULL,
+    output_tokens DECIMAL(38, 0) NOT NULL,
+    reasoning_tokens DECIMAL(38, 0) NOT NULL,
+    output_audio_tokens DECIMAL(38, 0) NOT NULL,
     quantity DECIMAL(38, 12) NOT NULL,
     cost DECIMAL(38, 12) NOT NULL,
     unpriced_requests BIGINT NOT NULL

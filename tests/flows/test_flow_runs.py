@@ -1,0 +1,64 @@
+"""The flows through Prefect's engine: composition, and what a run that fails leaves."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from prefect.client.orchestration import get_client
+
+from flows.bill_period import bill_period
+from flows.billing_cycle import billing_cycle
+from flows.command import call
+from flows.rebuild import rebuild
+from tests.tasks.place import PERIOD, Place, event
+
+pytestmark = pytest.mark.usefixtures("_engine")
+
+RESALE = """
+[plans.resale]
+retention_days = 30
+rates = [{ line = "*", type = "cost_plus", markup_percent = 20 }]
+"""
+
+
+def test_a_cycle_and_a_rebuild(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    place.account("acme")
+    place.add(event(), event())
+    assert call(billing_cycle, period=PERIOD) == 0
+    index = place.out / PERIOD / "index.html"
+    assert capsys.readouterr().out == f"{index}\n"
+    files = place.files()
+    place.warehouse.unlink()
+    assert call(rebuild) == 0
+    assert json.loads(capsys.readouterr().out) == {"costed": 0, "loaded": 2, "watermark": 2}
+    place.bill()
+    assert place.files() == files
+
+
+def test_a_period_that_is_no_month_fails_before_anything_is_done(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(billing_cycle, period="2023-13") == 1
+    assert capsys.readouterr() == ("", "error: period: got '2023-13', expected a month such as 2026-10\n")
+    assert not place.warehouse.exists()
+
+
+def test_accounts_that_cannot_be_billed_fail_the_run_after_the_others_are(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.plans(RESALE)
+    place.account("bad", "resale")
+    place.account("good", "resale")
+    place.add(event("bad", model="mystery"), event("good"))
+    place.aggregate()
+    assert call(bill_period, period=PERIOD) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: 1 not billed: 'bad': plan 'resale': rates[0]")
+    assert err.endswith(f"The others are, see {place.out / PERIOD / 'index.html'}\n")
+    assert err.count("\n") == 1
+    assert place.invoices().keys() == {"good"}
+    with get_client(sync_client=True) as client:
+        newest = max(client.read_flow_runs(), key=lambda run: run.created or run.expected_start_time)
+    assert newest.state_name == "Failed"

@@ -1,0 +1,162 @@
+"""A home for the jobs of one test: a ledger, the facts put into it, and what the jobs make of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+
+from metering.admission.sql import SqlStore
+from metering.billing.invoices import Invoice
+from metering.events import TokenUsage, UsageEvent, new_event_id
+from metering.ledger import Ledger, plan_versions
+from metering.meter import Meter
+from metering.plans import parse_plans
+from tasks.bills import write_index, write_invoices
+from tasks.costs import cost_events
+from tasks.load import ROOT, load_ledger
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+NOVEMBER = datetime(2023, 11, 16, 18, 17, tzinfo=UTC)
+COSTED_AT = datetime(2023, 12, 1, tzinfo=UTC)
+PERIOD = "2023-11"
+
+
+def event(account: str = "acme", *, at: datetime = NOVEMBER, line: str = "application", **said: Any) -> UsageEvent:
+    """One call of gpt-4.1: 1,000 tokens in and 100 out, unless said otherwise."""
+    said.setdefault("usage", TokenUsage(input_tokens=1_000, output_tokens=100))
+    values = {"event_id": new_event_id(), "provider": "openai", "model": "gpt-4.1", "kind": "import", **said}
+    return UsageEvent(account=account, occurred_at=at, line=line, **values)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one test's files are."""
+
+    home: Path
+    clock: Any = field(default=lambda: NOVEMBER)
+
+    @property
+    def ledger(self) -> Path:
+        return self.home / "ledger.db"
+
+    @property
+    def ledger_url(self) -> str:
+        return f"sqlite:///{self.ledger}"
+
+    @property
+    def warehouse(self) -> Path:
+        return self.home / "warehouse.duckdb"
+
+    @property
+    def out(self) -> Path:
+        return self.home / "out"
+
+    def meter(self) -> Meter:
+        return Meter(self.ledger_url, clock=self.clock, strict_signals=True)
+
+    def account(self, name: str, plan: str = "free", **said: Any) -> None:
+        with self.meter() as meter:
+            meter.accounts.create(name, plan=plan, **said)
+
+    def plans(self, text: str) -> None:
+        """Write versions of the plans of a plans.toml, in force from long ago."""
+        ledger = Ledger(self.ledger_url)
+        with ledger.write() as connection:
+            plan_versions.apply(connection, parse_plans(text).values(), now=NOVEMBER, actor="test")
+        ledger.close()
+
+    def add(self, *events: UsageEvent) -> None:
+        ledger = Ledger(self.ledger_url)
+        SqlStore(ledger, clock=self.clock).append(events)
+        ledger.close()
+
+    def cost(self) -> int:
+        return cost_events.fn(self.ledger_url, COSTED_AT)
+
+    def load(self) -> dict[str, int]:
+        return load_ledger.fn(self.ledger, self.warehouse)
+
+    def aggregate(self) -> dict[str, int]:
+        self.cost()
+        return self.load()
+
+    def invoice(self, period: str = PERIOD) -> list[tuple[str, str]]:
+        """Bill without the index page, whose pictures take the most time."""
+        return write_invoices.fn(self.ledger_url, self.warehouse, self.out, period)
+
+    def bill(self, period: str = PERIOD) -> list[tuple[str, str]]:
+        problems = self.invoice(period)
+        write_index.fn(self.warehouse, self.out, period, problems)
+        return problems
+
+    def cycle(self, period: str = PERIOD) -> list[tuple[str, str]]:
+        self.aggregate()
+        return self.bill(period)
+
+    def invoices(self, period: str = PERIOD) -> dict[str, Invoice]:
+        """The invoices that were written, by account."""
+        folder = self.out / period / "invoices"
+        written = [Invoice.from_json(path.read_bytes()) for path in sorted(folder.glob("*.json"))]
+        return {invoice.account: invoice for invoice in written}
+
+    def files(self) -> dict[str, bytes]:
+        """Everything that was written for people."""
+        return {
+            str(path.relative_to(self.out)): path.read_bytes() for path in sorted(self.out.rglob("*")) if path.is_file()
+        }
+
+    def warehouse_rows(self, query: str) -> list[tuple[Any, ...]]:
+        with duckdb.connect(str(self.warehouse), read_only=True) as connection:
+            connection.execute("SET TimeZone = 'UTC'")
+            return connection.execute(query).fetchall()
+
+    def ledger_rows(self, query: str) -> list[tuple[Any, ...]]:
+        ledger = Ledger(self.ledger_url)
+        with ledger.read() as connection:
+            rows = [tuple(row) for row in connection.exec_driver_sql(query)]
+        ledger.close()
+        return rows
+
+    def change(self, statement: str) -> None:
+        """Tamper with the ledger."""
+        ledger = Ledger(self.ledger_url)
+        with ledger.write() as connection:
+            connection.exec_driver_sql(statement)
+        ledger.close()
+
+    def tamper(self, statement: str) -> None:
+        """Tamper with the warehouse."""
+        with duckdb.connect(str(self.warehouse)) as connection:
+            connection.execute(statement)
+
+
+def month_of_usage(place: Place, *, events: int, accounts: int = 6) -> None:
+    """A month of calls on the plans of the demo: several models, and of the first two accounts some without a price."""
+    place.plans((ROOT / "examples" / "plans.toml").read_text())
+    names = [f"account-{number}" for number in range(accounts)]
+    for number, name in enumerate(names):
+        place.account(name, ["pro", "enterprise"][number % 2], time_zone=["UTC", "Asia/Kolkata"][number % 2])
+    models = [("openai", "gpt-4.1"), ("anthropic", "claude-sonnet-4-5"), ("nobody", "mystery"), (None, None)]
+    made = []
+    for number in range(events):
+        provider, model = models[number // accounts % (4 if number % accounts < 2 else 2)]
+        usage = TokenUsage(input_tokens=number * 37 % 9_000, output_tokens=number * 11 % 700)
+        made.append(
+            event(
+                names[number % accounts],
+                at=datetime(2023, 11, 2, tzinfo=UTC) + timedelta(minutes=number * 7919 % 38_000),
+                line=["application", "extraction_tokens"][number % 5 == 0],
+                provider=provider,
+                model=model,
+                usage=usage,
+                quantity=Decimal(number % 13) / 4,
+                platform_paid=number % 11 != 0,
+            )
+        )
+    place.add(*made)

@@ -1,0 +1,263 @@
+"""The load: each event once, its sums and the watermark with it, from one ledger and no other."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from metering.events import TOKEN_FIELDS, TokenUsage
+from tasks.errors import WarehouseError
+from tasks.load import ROOT, load_into
+from tasks.verify import rollup_differences
+from tasks.warehouse import lease
+from tests.tasks.place import PERIOD, Place, event, month_of_usage
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SUMS = "sum(requests), sum(input_tokens), sum(output_tokens), sum(quantity), sum(cost), sum(unpriced_requests)"
+ROLLUP = f"""SELECT quarter, account, plan_version, line, provider, model, service_tier, caller_type, period, billable,
+    {SUMS} FROM usage_15m GROUP BY ALL ORDER BY ALL"""
+FROM_EVENTS = """SELECT time_bucket(INTERVAL '15 minutes', occurred_at), account, plan_version, line, provider, model,
+    service_tier, caller_type, period, billable, sum(requests), sum(input_tokens), sum(output_tokens), sum(quantity),
+    coalesce(sum(cost), 0), coalesce(sum(requests) FILTER (WHERE cost IS NULL), 0) FROM usage_events
+    GROUP BY ALL ORDER BY ALL"""
+
+
+def run_worker(place: Place, script: str) -> subprocess.CompletedProcess[str]:
+    """A load of which `script` has changed something in its module, `w`."""
+    places = [str(place.ledger), str(place.warehouse)]
+    return subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"import sys, tasks.load_worker as w\n{script}\nsys.exit(w.main(sys.argv[1:]))",
+            *places,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def events_loaded(place: Place) -> list[int]:
+    return [seq for (seq,) in place.warehouse_rows("SELECT seq FROM usage_events ORDER BY seq")]
+
+
+def watermark(place: Place) -> int:
+    return int(place.warehouse_rows("SELECT seq FROM load_watermark")[0][0])
+
+
+def test_the_watermark_moves_with_the_rows(place: Place) -> None:
+    place.account("acme")
+    place.add(event(), event())
+    assert place.aggregate() == {"loaded": 2, "watermark": 2}
+    place.add(event())
+    assert place.load() == {"loaded": 0, "watermark": 2}  # not costed yet
+    assert place.aggregate() == {"loaded": 1, "watermark": 3}
+    assert place.aggregate() == {"loaded": 0, "watermark": 3}
+    assert events_loaded(place) == [1, 2, 3]
+    assert place.warehouse_rows(f"SELECT {SUMS} FROM usage_15m") == [(3, 3_000, 300, Decimal(0), Decimal("0.0084"), 0)]
+
+
+def test_every_column_arrives_as_it_was_recorded(place: Place) -> None:
+    month_of_usage(place, events=60)
+    place.aggregate()
+    columns = [name for (name,) in place.warehouse_rows("SELECT column_name FROM (DESCRIBE usage_events)")]
+    loaded = place.warehouse_rows(f"SELECT {', '.join(map(as_recorded, columns))} FROM usage_events ORDER BY seq")
+    recorded = place.ledger_rows(
+        f"SELECT e.{', e.'.join(columns[:-1])}, c.cost FROM events e JOIN event_costs c ON c.seq = e.seq ORDER BY e.seq"
+    )
+    assert columns[-1] == "cost"
+    numbers = [columns.index("quantity"), columns.index("cost")]
+    for row in recorded:
+        expected = [
+            value if value is None or position not in numbers else Decimal(value) for position, value in enumerate(row)
+        ]
+        assert list(loaded.pop(0)) == expected
+    assert not loaded
+
+
+def as_recorded(column: str) -> str:
+    """SQL for a warehouse column in the form the ledger keeps it."""
+    if column in ("event_id", "corrects"):
+        return f"replace({column}::VARCHAR, '-', '')"
+    if column in ("occurred_at", "recorded_at"):
+        return f"strftime({column}, '%Y-%m-%dT%H:%M:%S.%fZ')"
+    return column
+
+
+def test_batches_of_any_size_give_the_same_sums(place: Place) -> None:
+    month_of_usage(place, events=100)
+    place.cost()
+    for size in (1_000_000, 7):
+        place.warehouse.unlink(missing_ok=True)
+        assert run_worker(place, f"w.EVENTS_PER_TRANSACTION = {size}").returncode == 0
+        assert watermark(place) == 100
+        assert events_loaded(place) == list(range(1, 101))
+        assert place.warehouse_rows(ROLLUP) == place.warehouse_rows(FROM_EVENTS)
+    (rows,) = place.warehouse_rows("SELECT count(*) FROM usage_15m")[0]
+    (groups,) = place.warehouse_rows(f"SELECT count(*) FROM ({ROLLUP})")[0]
+    assert rows >= groups > 15
+
+
+def test_a_kill_between_insert_and_commit_leaves_nothing_of_the_batch(place: Place) -> None:
+    month_of_usage(place, events=30)
+    place.cost()
+    # The second batch dies with its rows and its watermark written, but not committed.
+    script = """
+import os
+w.EVENTS_PER_TRANSACTION = 10
+session = w.open_for_writing
+class Dying:
+    def __init__(self, connection): self.connection, self.batches = connection, 0
+    def execute(self, query, *values):
+        if query == "COMMIT":
+            self.batches += 1
+            if self.batches == 2: os._exit(9)
+        return self.connection.execute(query, *values)
+from contextlib import contextmanager
+@contextmanager
+def dying(path):
+    with session(path) as connection:
+        yield Dying(connection)
+w.open_for_writing = dying
+"""
+    assert run_worker(place, script).returncode == 9
+    assert watermark(place) == 10
+    assert events_loaded(place) == list(range(1, 11))
+    assert place.load() == {"loaded": 20, "watermark": 30}
+    assert place.warehouse_rows(ROLLUP) == place.warehouse_rows(FROM_EVENTS)
+
+
+def test_a_kill_right_after_commit_keeps_the_batch(place: Place) -> None:
+    month_of_usage(place, events=20)
+    place.cost()
+    script = """
+import os
+from contextlib import contextmanager
+inner = w._attached_ledger
+@contextmanager
+def dying(connection, ledger):
+    with inner(connection, ledger):
+        yield
+        os._exit(9)
+w._attached_ledger = dying
+"""
+    assert run_worker(place, script).returncode == 9
+    assert place.warehouse.with_name("warehouse.duckdb.wal").exists()
+    assert place.invoice() is not None  # a reader finds what the log holds
+    assert sum(invoice.requests for invoice in place.invoices().values()) == 20
+    assert place.load() == {"loaded": 0, "watermark": 20}
+    assert events_loaded(place) == list(range(1, 21))
+
+
+def test_two_loads_at_once_load_each_event_once(place: Place) -> None:
+    month_of_usage(place, events=50)
+    place.cost()
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda _: place.load(), range(2)))
+    assert sorted(answer["loaded"] for answer in answers) == [0, 50]
+    assert events_loaded(place) == list(range(1, 51))
+
+
+def test_a_worker_keeps_the_lease_of_a_parent_that_is_gone(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    # An interpreter that answers at once, and leaves behind a process that ends when the pipe does.
+    pipe, interpreter = place.home / "pipe", place.home / "python"
+    os.mkfifo(pipe)
+    interpreter.write_text(f"""#!/bin/sh\ncat '{pipe}' >/dev/null 2>&1 &\necho '{{"loaded": 0, "watermark": 0}}'\n""")
+    interpreter.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(interpreter))
+    assert place.load() == {"loaded": 0, "watermark": 0}
+    with place.warehouse.with_name("warehouse.duckdb.lease").open() as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    pipe.write_bytes(b"")
+    with lease(place.warehouse, exclusive=True):
+        pass
+
+
+def test_another_ledger_is_refused(place: Place, tmp_path: Path, empty_ledger: Path) -> None:
+    place.account("acme")
+    place.add(event())
+    place.aggregate()
+    before = place.warehouse.read_bytes()
+    place.change("UPDATE ledger_info SET ledger_id = '0123456789abcdef0123456789abcdef'")
+    with pytest.raises(WarehouseError, match=r"not from 0123456789abcdef.*METERING_WAREHOUSE elsewhere, or .* rebuild"):
+        place.load()
+    assert place.warehouse.read_bytes() == before
+
+
+def test_a_ledger_that_went_backwards_is_refused(place: Place) -> None:
+    place.account("acme")
+    place.add(event(), event(), event())
+    place.aggregate()
+    place.change("DELETE FROM event_costs WHERE seq = 3")
+    with pytest.raises(WarehouseError, match="ends at event 2, but the warehouse has 3: the ledger went backwards"):
+        place.load()
+
+
+def test_a_ledger_that_went_backwards_and_grew_again_is_refused(place: Place) -> None:
+    place.account("acme")
+    place.add(event(), event(), event())
+    place.aggregate()
+    # A backup of after the first event, which has since recorded others.
+    place.change("DELETE FROM events WHERE seq > 1")
+    place.change("DELETE FROM event_costs WHERE seq > 1")
+    place.change("UPDATE sqlite_sequence SET seq = 1 WHERE name = 'events'")
+    place.add(*(event() for _ in range(4)))
+    place.cost()
+    with pytest.raises(WarehouseError, match=r"event 3 is .* the ledger went backwards and on from there"):
+        place.load()
+
+
+def test_a_number_is_not_used_again_below_the_watermark(place: Place) -> None:
+    place.account("acme")
+    place.add(event(), event())
+    place.aggregate()
+    place.change("DELETE FROM events WHERE seq = 2")
+    place.add(event())
+    assert place.ledger_rows("SELECT max(seq) FROM events") == [(3,)]
+    assert place.aggregate() == {"loaded": 1, "watermark": 3}
+
+
+def test_corrections_flow_through(place: Place) -> None:
+    place.account("acme")
+    original = event(model="mystery", usage=TokenUsage(input_tokens=500))
+    place.add(original)
+    place.aggregate()
+    assert place.warehouse_rows(f"SELECT {SUMS} FROM usage_15m") == [(1, 500, 0, Decimal(0), Decimal(0), 1)]
+    with place.meter() as meter:
+        meter.correct(original.event_id, usage=TokenUsage(input_tokens=1_000), model="gpt-4.1", reason="renamed")
+    place.aggregate()
+    assert place.warehouse_rows(f"SELECT {SUMS} FROM usage_15m") == [(1, 1_000, 0, Decimal(0), Decimal("0.002"), 0)]
+    assert place.warehouse_rows("SELECT model, unpriced_requests FROM usage_15m ORDER BY ALL") == [
+        ("gpt-4.1", 0),
+        ("mystery", -1),
+        ("mystery", 1),
+    ]
+
+
+def test_the_largest_counts_allowed_add_up(place: Place) -> None:
+    place.account("acme")
+    most: dict[str, Any] = dict.fromkeys(TOKEN_FIELDS, 2**53)
+    most |= {"cache_read_tokens": 0}
+    place.add(*(event(usage=TokenUsage(**most), model="mystery") for _ in range(2_000)))
+    place.aggregate()
+    assert place.warehouse_rows("SELECT sum(input_tokens)::VARCHAR FROM usage_15m") == [(str(2_000 * 2**53),)]
+    assert rollup_differences(place.ledger_url, place.warehouse, PERIOD) == []
+
+
+def test_a_worker_that_fails_says_what_it_said(place: Place) -> None:
+    place.warehouse.write_bytes(b"no database at all" * 100)
+    with pytest.raises(WarehouseError, match=r"cannot be opened .* rebuild"):
+        place.load()
+    with lease(place.warehouse, exclusive=True) as held, pytest.raises(WarehouseError, match="no-such-ledger"):
+        load_into(place.home / "no-such-ledger.db", place.home / "other.duckdb", held)
