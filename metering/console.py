@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = ["fields_of", "progress_bar", "show"]
 
+MAX_LINES = 20
+"""Of one cell of a table; JSON has all of them."""
+
 
 @contextmanager
 def progress_bar(name: str) -> Iterator[Any]:
@@ -72,5 +75,8 @@ def _cell(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     if isinstance(value, list | tuple):
-        return "\n".join(str(item) for item in value) or "-"
+        shown = [str(item) for item in value[:MAX_LINES]]
+        if len(value) > MAX_LINES:
+            shown.append(f"and {len(value) - MAX_LINES:,} more")
+        return "\n".join(shown) or "-"
     return str(value)
