@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from metering.billing.money import EXACT
 from metering.errors import StoreUnavailable
-from metering.ledger.sqlite import connect, is_busy, translated
+from metering.ledger.sqlite import connect, translated
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,35 +27,44 @@ MAX_GROUP = 128
 """Works that share one commit at the most, so that nobody waits for an endless group."""
 
 
+class _Group:
+    """Works that share one transaction. `ended` is set last, in one step that no interrupt can halve."""
+
+    __slots__ = ("ended", "error")
+
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+        self.ended = False
+
+
 class _Job(Generic[T]):
     """One caller's work, and where its answer is put."""
 
-    __slots__ = ("answer", "deadline", "error", "leads", "wake", "work")
+    __slots__ = ("answer", "deadline", "error", "group", "work")
 
     def __init__(self, work: Callable[[sqlite3.Cursor], T], deadline: float) -> None:
         self.work = work
         self.deadline = deadline
         self.answer: T | None = None
         self.error: BaseException | None = None
-        self.leads = False
-        self.wake = threading.Lock()
-        self.wake.acquire()
+        self.group: _Group | None = None
 
 
 class Writer:
     """Runs works one after the other, each atomic, on one connection, with decimals that are never rounded.
 
-    A caller who finds nobody at work commits at once, alone. Callers who arrive meanwhile queue; one of them then
-    runs the whole queue in one transaction, each work in a savepoint, and all are answered after its commit.
+    A caller who finds nobody at work commits at once, alone. Callers who arrive meanwhile queue and wait for their
+    turn; who gets it first runs the whole queue in one transaction, each work in a savepoint, and the others find
+    themselves answered. Nobody is woken by hand, so an interrupt in one caller leaves no other waiting.
     """
 
     def __init__(self, path: Path, *, timeout_s: float, gate: Gate) -> None:
         self._path = path
         self._timeout_s = timeout_s
         self._gate = gate
-        self._mutex = threading.Lock()
+        # Re-entrant only because such a lock knows its owner: an interrupt may come right after it was acquired.
+        self._turn = threading.RLock()
         self._queue: deque[_Job[object]] = deque()
-        self._busy = False
         self._connection: sqlite3.Connection | None = None
         self._lock_timeout_s = timeout_s
 
@@ -66,21 +75,24 @@ class Writer:
         """
         job: _Job[T] = _Job(work, time.monotonic() + self._timeout_s)
         try:
-            with self._mutex:
-                if self._busy:
-                    self._queue.append(job)  # type: ignore[arg-type]
-                else:
-                    self._busy = job.leads = True
-            if not job.leads:
-                self._wait(job)
-            if job.leads:
+            self._queue.append(job)  # type: ignore[arg-type]
+            if not self._turn.acquire(timeout=self._timeout_s):
+                if self._withdraw(job):
+                    raise StoreUnavailable(  # noqa: TRY301
+                        f"ledger {self._path}: no turn to write within {self._timeout_s:g} s"
+                    )
+                self._turn.acquire()  # it is being run, and will be answered
+            if job.group is None:
                 self._lead(job)
         except BaseException:
-            self._desert(job)
+            self._withdraw(job)
             raise
-        if job.error is not None:
-            raise job.error
-        return job.answer  # type: ignore[return-value]
+        finally:
+            try:  # noqa: SIM105  suppress() is Python code, where an interrupt could come before the release
+                self._turn.release()
+            except RuntimeError:
+                pass  # it was not acquired
+        return self._answer(job)
 
     def close(self) -> None:
         """Close the connection. The next work opens it again. Nobody may be at work."""
@@ -88,73 +100,78 @@ class Writer:
         if connection is not None:
             connection.close()
 
-    def _wait(self, job: _Job[T]) -> None:
-        if job.wake.acquire(timeout=self._timeout_s):
-            return
-        with self._mutex:
-            if job in self._queue:
-                self._queue.remove(job)  # type: ignore[arg-type]
-                job.error = StoreUnavailable(f"ledger {self._path}: no turn to write within {self._timeout_s:g} s")
-                return
-        job.wake.acquire()  # it is being run, and will be answered
+    def _answer(self, job: _Job[T]) -> T:
+        if job.error is not None:
+            raise job.error
+        if job.group is None or not job.group.ended:
+            raise StoreUnavailable(f"ledger {self._path}: the commit this call shared was interrupted; ask again")
+        if job.group.error is not None:
+            raise job.group.error
+        return job.answer  # type: ignore[return-value]
 
-    def _desert(self, job: _Job[T]) -> None:
-        """An interrupt took the caller away: nobody may wait for it to lead."""
-        with self._mutex:
-            if job in self._queue:
-                self._queue.remove(job)  # type: ignore[arg-type]
-        self._hand_over(job)
-
-    def _hand_over(self, leader: _Job[T]) -> None:
-        with self._mutex:
-            if not leader.leads:
-                return
-            leader.leads = False
-            successor = self._queue.popleft() if self._queue else None
-            if successor is None:
-                self._busy = False
-            else:
-                successor.leads = True
-        if successor is not None:
-            successor.wake.release()
+    def _withdraw(self, job: _Job[T]) -> bool:
+        """Take a job out of the queue; False where it is no longer there."""
+        try:
+            self._queue.remove(job)  # type: ignore[arg-type]
+        except ValueError:
+            return False
+        return True
 
     def _lead(self, own: _Job[T]) -> None:
-        group: list[_Job[object]] = [own]  # type: ignore[list-item]
+        """Run the queue in one transaction. What the leader raises undoes it, and the others run it on their turn."""
+        group = _Group()
+        jobs: list[_Job[object]] = []
         try:
-            with self._mutex:
-                while self._queue and len(group) < MAX_GROUP:
-                    group.append(self._queue.popleft())
             with self._gate, localcontext(EXACT):
-                self._commit(group)
-        except sqlite3.Error as exc:
-            self._fail(group, translated(exc, self._path), exc)
-        except BaseException as exc:  # noqa: BLE001  every caller of the group is told; the leader raises it
-            self._fail(group, exc, None)
-        finally:
-            self._hand_over(own)
-            for job in group[1:]:
-                job.wake.release()
+                self._commit(own, group, jobs)
+        except Exception as exc:  # noqa: BLE001  of the database, never of a work
+            group.error = translated(exc, self._path) if isinstance(exc, sqlite3.Error) else exc
+            group.error.__cause__ = exc if group.error is not exc else exc.__cause__
+            self._withdraw(own)
+            own.group = group
+        except BaseException:
+            if not group.ended:
+                for job in reversed(jobs):
+                    job.group = None
+                    if job is not own:
+                        self._queue.appendleft(job)
+            raise
+        group.ended = True
 
-    def _commit(self, group: list[_Job[object]]) -> None:
-        connection = self._open(group[0].deadline)
+    def _commit(self, own: _Job[T], group: _Group, jobs: list[_Job[object]]) -> None:
+        connection = self._open(own.deadline)
+        if connection.in_transaction:
+            raise StoreUnavailable(f"ledger {self._path}: a signal handler asked for it in the middle of a commit")
         cursor = connection.cursor()
         committing = False
         try:
-            self._begin(cursor, group)
-            if len(group) == 1:
-                group[0].answer = group[0].work(cursor)
+            # Before anyone else is taken in: if the leader's time is over, those who queue behind have their turn.
+            cursor.execute("BEGIN IMMEDIATE")
+            self._gather(own, group, jobs)
+            if len(jobs) == 1:
+                _run(jobs[0], cursor)
             else:
-                for job in group:
+                for job in jobs:
                     _run_in_savepoint(job, cursor)
             committing = True
             cursor.execute("COMMIT")
+            group.ended = True
         except BaseException as exc:
             if connection.in_transaction:
                 connection.rollback()
             elif committing and not isinstance(exc, sqlite3.Error):
-                group[0].error = exc  # an interrupt that came after the commit: the others are answered
-                return
-            raise
+                group.ended = True  # an interrupt that came after the commit: it stands
+            if not isinstance(exc, _WorkRaised):
+                raise
+
+    def _gather(self, own: _Job[T], group: _Group, jobs: list[_Job[object]]) -> None:
+        """Take the leader's work and those that queue with it."""
+        self._withdraw(own)
+        jobs.append(own)  # type: ignore[arg-type]
+        while self._queue and len(jobs) < MAX_GROUP:
+            jobs.append(self._queue.popleft())
+        for job in jobs:
+            job.group = group
 
     def _open(self, deadline: float) -> sqlite3.Connection:
         """The connection, set to wait for other processes no longer than the caller still has."""
@@ -168,23 +185,19 @@ class Writer:
             self._lock_timeout_s = timeout_s
         return self._connection
 
-    def _begin(self, cursor: sqlite3.Cursor, group: list[_Job[object]]) -> None:
-        try:
-            cursor.execute("BEGIN IMMEDIATE")
-        except sqlite3.Error as exc:
-            if is_busy(exc):
-                # The leader's time is over, not that of those who came later: they have their turn.
-                with self._mutex:
-                    self._queue.extendleft(reversed(group[1:]))
-                    del group[1:]
-            raise
 
-    def _fail(self, group: list[_Job[object]], error: BaseException, cause: BaseException | None) -> None:
-        error.__cause__ = cause or error.__cause__
-        group[0].error = error
-        for job in group[1:]:
-            job.error = StoreUnavailable(f"ledger {self._path}: the commit this call shared failed: {error}")
-            job.error.__cause__ = error
+class _WorkRaised(Exception):
+    """A lone work raised: its transaction is rolled back, and its error is its caller's answer."""
+
+
+def _run(job: _Job[object], cursor: sqlite3.Cursor) -> None:
+    try:
+        job.answer = job.work(cursor)
+    except sqlite3.Error:
+        raise
+    except Exception as exc:
+        job.error = exc
+        raise _WorkRaised from exc
 
 
 def _run_in_savepoint(job: _Job[object], cursor: sqlite3.Cursor) -> None:
