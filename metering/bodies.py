@@ -87,10 +87,22 @@ def _as_json(value: Any, secret: str | None) -> str | None:
     if value is None:
         return None
     try:
-        text = msgspec.json.encode(value, enc_hook=repr).decode()
+        plain = msgspec.to_builtins(value, builtin_types=(bytes, bytearray, memoryview), enc_hook=repr, str_keys=True)
+        text = msgspec.json.encode(_with_readable_bytes(plain)).decode()
     except Exception:  # noqa: BLE001  whatever an app's own object raises
         text = json.dumps(_shown_by(repr, value))
     return _without(text, secret)
+
+
+def _with_readable_bytes(value: Any) -> Any:
+    """Bytes as the text they are: as base64 a key inside them would not be seen."""
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value).decode("utf-8", "replace")
+    if isinstance(value, dict):
+        return {name: _with_readable_bytes(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_readable_bytes(item) for item in value]
+    return value
 
 
 def _shown_by(show: Callable[[object], str], value: object) -> str:

@@ -101,7 +101,7 @@ def plans_apply(
         str | None, typer.Option(help="When new versions come into force; now unless said.")
     ] = None,
 ) -> None:
-    """Write a new version of every plan that differs from its newest. A plan's first version holds since ever."""
+    """Write a new version of every plan that differs from the one in force. A plan's first version holds since ever."""
     from metering.ledger import plan_versions
     from metering.plans import parse_plans
     from metering.settings import Settings
@@ -119,10 +119,14 @@ def plans_apply(
             actor=_actor(),
             effective_from=_instant("--effective-from", effective_from),
         )
+        now = datetime.now(UTC)
+        pending = [version for version in plan_versions.versions(connection) if version.effective_from > now]
     for version in written:
         typer.echo(f"plan {version.plan.name}: version {version.version} from {version.effective_from:%Y-%m-%d %H:%M}Z")
     if not written:
-        typer.echo("nothing to do: every plan is in the ledger as it stands in the file")
+        typer.echo("nothing to do: every plan is in force as it stands in the file")
+    for version in pending:
+        typer.echo(f"plan {version.plan.name}: version {version.version} follows on {version.effective_from:%Y-%m-%d}")
 
 
 @plans.command("list")
@@ -137,6 +141,7 @@ def plans_list(as_json: AsJson = False) -> None:
         {
             "plan": version.plan.name,
             "version": version.version,
+            "plan_version": version.plan_version,
             "effective_from": version.effective_from,
             "limits": [str(limit) for limit in version.plan.limits],
             "rates": [str(rate) for rate in version.plan.rates],
@@ -148,6 +153,7 @@ def plans_list(as_json: AsJson = False) -> None:
         {
             "plan": name,
             "version": "built in",
+            "plan_version": None,
             "effective_from": None,
             "limits": [str(limit) for limit in plan.limits],
             "rates": [],

@@ -254,5 +254,8 @@ class SchemaMismatch(LedgerError):
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001  whatever an app's own object raises
+        text = f"<{type(value).__name__}>"
     return text if len(text) <= 200 else text[:197] + "..."

@@ -223,6 +223,8 @@ def encode_attributes(attributes: dict[str, Any] | None) -> str | None:
     """Attributes as JSON text. Raises `InvalidEvent` for what JSON cannot say or what is above 4 KB."""
     if attributes is None:
         return None
+    if not isinstance(attributes, dict):
+        raise InvalidEvent("attributes", attributes, "a mapping that JSON can say")
     try:
         encoded = msgspec.json.encode(attributes, order="sorted")
     except (TypeError, ValueError, RecursionError) as exc:

@@ -15,7 +15,7 @@ from metering.admission.protocol import Admission
 from metering.admission.sql import SqlStore
 from metering.bodies import bodies_of, hidden, kept_in_plain, masked_error, refuse_secret
 from metering.clock import utc_now
-from metering.errors import InvalidEvent, InvalidSetting
+from metering.errors import InvalidEvent, InvalidSetting, UnknownKey
 from metering.events import (
     Call,
     CallDescription,
@@ -184,6 +184,9 @@ class Meter:
         callers are recorded, not billed.
         """
         try:
+            unexpected = described.keys() - CallDescription.__annotations__.keys()
+            if unexpected:
+                raise TypeError(f"record() got an unexpected keyword argument {min(unexpected)!r}")  # noqa: TRY301
             event = UsageEvent(
                 event_id=(
                     new_event_id()
@@ -244,7 +247,12 @@ class Meter:
         )
 
     def quota(self, account: str, *, key_id: str | None = None) -> tuple[LimitStatus, ...]:
-        """Where each limit of an account stands now; limits per key only with `key_id`. Raises `UnknownAccount`."""
+        """Where each limit of an account stands now; limits per key only with `key_id`.
+
+        Raises `UnknownAccount`, and `UnknownKey` for one that is not the account's.
+        """
+        if key_id is not None and key_id not in {key.key_id for key in self.keys.list(account)}:
+            raise UnknownKey(f"account {account!r} has no API key with the id {key_id!r}")
         return self._store.quota(account, key_id)
 
     def usage(

@@ -55,6 +55,8 @@ class Ledger:
     ) -> None:
         if not url.startswith(_SQLITE) or len(url) == len(_SQLITE):
             raise InvalidSetting("METERING_LEDGER_URL", _without_password(url), "sqlite:///FILE")
+        if url == f"{_SQLITE}:memory:":
+            raise InvalidSetting("METERING_LEDGER_URL", url, "a file: what is in memory is not recorded")
         self.path = Path(url.removeprefix(_SQLITE))
         self.timeout_s = timeout_s
         self.is_new = False

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import msgspec
 import sqlalchemy as sa
 
-from metering.errors import UnknownPlan
+from metering.errors import Conflict, UnknownPlan
 from metering.ledger import admin_log
-from metering.ledger.schema import account_plans, plan_versions
+from metering.ledger.schema import account_plans, events, plan_versions
 from metering.plans import BUILT_IN, Plan
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def in_force(connection: sa.Connection, account: str, at: datetime) -> PlanVersi
     if name is None:
         return None
     candidates = [version for version in versions(connection, name) if version.effective_from <= at]
-    return max(candidates, key=lambda version: (version.effective_from, version.version))
+    return max(candidates, key=_precedence)
 
 
 def assigned_plan(connection: sa.Connection, account: str, at: datetime) -> str | None:
@@ -88,18 +88,39 @@ def apply(
     actor: str,
     effective_from: datetime | None = None,
 ) -> list[PlanVersion]:
-    """Write a new version of each plan that differs from its newest; returns those written.
+    """Write a new version of each plan that differs from the one then in force; returns those written.
 
-    A first version is in force since ever, a later one from `effective_from` (now unless said) on.
+    A first version is in force since ever, a later one from `effective_from` (now unless said) on. Raises `Conflict`
+    where usage since then is recorded already: it keeps the version it was recorded under.
     """
     written = []
     for plan in plans:
         known = versions(connection, plan.name)
-        if known and known[-1].plan.digest == plan.digest:
-            continue
         begins = EVER if not known else effective_from or now
+        earlier = [version for version in known if version.effective_from <= begins]
+        if earlier and max(earlier, key=_precedence).plan.digest == plan.digest:
+            continue
+        if known and begins < now:
+            _refuse_recorded(connection, plan.name, known, begins)
         written.append(_write(connection, plan, len(known) + 1, begins, now, actor))
     return written
+
+
+def _precedence(version: PlanVersion) -> tuple[datetime, int]:
+    return version.effective_from, version.version
+
+
+def _refuse_recorded(connection: sa.Connection, plan: str, known: list[PlanVersion], begins: datetime) -> None:
+    recorded = connection.execute(
+        sa.select(sa.func.count())
+        .select_from(events)
+        .where(events.c.plan_version.in_([version.plan_version for version in known]), events.c.occurred_at >= begins)
+    ).scalar()
+    if recorded:
+        raise Conflict(
+            f"plan {plan!r} has {recorded} events since {begins.isoformat()}, recorded under an earlier version: "
+            "apply it from now on, or before importing usage of that time"
+        )
 
 
 def _write(

@@ -93,8 +93,7 @@ def usage_of(
     if by is not None:
         query = query.group_by(group).order_by(group)
     with ledger.read() as connection:
-        if connection.execute(sa.select(accounts.c.account).where(accounts.c.account == account)).first() is None:
-            raise UnknownAccount(account)
+        _require_account(connection, account)
         return [UsageTotal(**row) for row in connection.execute(query).mappings()]
 
 
@@ -123,10 +122,17 @@ def request_log_of(
     if end is not None:
         query = query.where(request_log.c.logged_at < end)
     with ledger.read() as connection:
+        if account is not None:
+            _require_account(connection, account)
         return [
             LogEntry(**{**row, "request": _json(row["request"]), "response": _json(row["response"])})
             for row in connection.execute(query).mappings()
         ]
+
+
+def _require_account(connection: sa.Connection, account: str) -> None:
+    if connection.execute(sa.select(accounts.c.account).where(accounts.c.account == account)).first() is None:
+        raise UnknownAccount(account)
 
 
 def _json(text: str | None) -> Any:

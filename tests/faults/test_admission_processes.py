@@ -252,7 +252,7 @@ def test_a_child_waits_for_no_lock_of_a_thread_it_does_not_have(real: Any) -> No
     held, leave = threading.Event(), threading.Event()
 
     def hold_locks() -> None:
-        with meter._keeper._wake, meter.ledger.writer._mutex:
+        with meter._keeper._wake, meter.ledger.writer._turn:
             held.set()
             leave.wait(DEADLINE_S)
 

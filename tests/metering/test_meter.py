@@ -205,6 +205,8 @@ def test_record_never_raises_but_in_tests(
         {"occurred_at": datetime(1969, 12, 31, tzinfo=UTC)},
         {"usage": "five"},
         {"no_such": 1},
+        {"requests": -1},
+        {"counted": True},
     ]
     for drop in drops:
         assert meter.record(**{"account": "acme", "line": "a", **drop}) is False

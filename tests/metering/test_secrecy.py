@@ -166,3 +166,12 @@ def test_a_mask_takes_nothing_else(meter: Meter) -> None:
     assert masked_error(f"no {PLAIN}.", PLAIN) == "no [API key]."
     assert masked_error(None, PLAIN) is None
     assert masked_error(KeyError("x"), None) == "KeyError: 'x'"
+
+
+def test_a_key_inside_bytes_is_masked(meter: Meter) -> None:
+    key = meter.keys.create("bytes", plan="pro")
+    body = f'{{"api_key": "{key.secret}"}}'.encode()
+    meter.consume(key.secret, line="a", request=body, response={"nested": [body]})
+    [entry] = meter.log("bytes")
+    assert entry.request == '{"api_key": "[API key]"}'
+    assert entry.response == {"nested": ['{"api_key": "[API key]"}']}
