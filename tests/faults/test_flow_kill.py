@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,11 @@ from tests.tasks.place import PERIOD, Place, month_of_usage
 
 ROUNDS = int(os.environ.get("TALLYSTICK_FAULT_ROUNDS", "3"))
 DEADLINE_S = 120
+PREPARE = """
+import asyncio
+from prefect.server.database import provide_database_interface
+asyncio.run(provide_database_interface().run_migrations_upgrade())
+"""
 chance = random.Random(20231116)
 
 
@@ -144,18 +150,20 @@ def test_a_flow_killed_at_any_moment(
 ) -> None:
     expected, _ = undisturbed
     command = ("flows.billing_cycle", "--period", PERIOD)
+    # Prefect's own database is made first: what a kill does to its migrations is not ours.
     settings = {"PREFECT_HOME": str(tmp_path_factory.mktemp("prefect"))}
-    took_s = 12.0
+    prepared = {**os.environ, **settings}
+    subprocess.run([sys.executable, "-c", PREPARE], cwd=ROOT, env=prepared, check=True, timeout=DEADLINE_S)
+    took_s = 10.0
     for number in range(max(1, ROUNDS // 10)):
         place = copied(f"flow-{number}")
-        kill_group(start(place, *command, **settings), took_s * chance.uniform(0.3, 1))
+        kill_group(start(place, *command, **settings), took_s * chance.uniform(0.2, 1))
         began = time.monotonic()
         run = start(place, *command, **settings)
         out, err = run.communicate(timeout=DEADLINE_S)
         took_s = time.monotonic() - began
         # One account of this month cannot be billed, so this is also what a failing run says, and no more.
-        assert (run.returncode, out) == (1, "")
-        assert err.startswith("error: 1 not billed: 'account-1': ")
-        assert err.endswith(f"The others are, see {place.out / PERIOD / 'index.html'}\n")
-        assert err.count("\n") == 1
+        index = place.out / PERIOD / "index.html"
+        assert (run.returncode, out) == (1, ""), err
+        assert re.fullmatch(rf"error: 1 not billed: 'account-1': .*\. The others are, see {index}\n", err), err
         assert result(place) == expected, f"round {number}"
