@@ -20,7 +20,7 @@ from metering.ledger.types import decimal_text
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["connect", "is_busy", "translated"]
+__all__ = ["connect", "translated"]
 
 
 class _Connection(sqlite3.Connection):
@@ -79,11 +79,6 @@ def connect(path: Path, *, timeout_s: float, create: bool = False) -> sqlite3.Co
         raise translated(exc, path) from exc
     _open_connections.add(connection)
     return connection
-
-
-def is_busy(error: sqlite3.Error) -> bool:
-    """Whether another writer held the ledger for longer than the timeout."""
-    return _code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
 def translated(error: sqlite3.Error, path: Path) -> LedgerError:
