@@ -254,7 +254,7 @@ def test_minor_digits_follow_iso_4217() -> None:
     }
 
 
-@pytest.mark.parametrize("code", ["usd", "XXX", "XAU", "DEM", "US", "", "CLF"])
+@pytest.mark.parametrize("code", ["usd", "XTS", "XAU", "DEM", "US", "", "CLF"])
 def test_what_is_not_a_currency_is_refused(code: str) -> None:
     with pytest.raises(ValueError, match="not an active ISO 4217 currency"):
         minor_digits(code)
