@@ -10,7 +10,7 @@ from metering.errors import InvalidEvent, InvalidUsage
 MAX_TOKENS = 2**53
 """Above this a JSON reader, or Lua, would lose the last digit."""
 
-MAX_QUANTITY = Decimal(10) ** 26
+MAX_QUANTITY = Decimal(10) ** 18
 QUANTITY_PLACES = 12
 """Quantities and money are kept as DECIMAL(38,12)."""
 
@@ -32,7 +32,7 @@ def quantity(field: str, value: object) -> Decimal:
     if not number.is_finite():
         raise InvalidEvent(field, value, "a finite number")
     if not 0 <= number < MAX_QUANTITY:
-        raise InvalidEvent(field, value, "0 or more, below 10^26")
+        raise InvalidEvent(field, value, "0 or more, below 10^18")
     if number and _places(number) > QUANTITY_PLACES:
         raise InvalidEvent(field, value, f"at most {QUANTITY_PLACES} decimals")
     return number

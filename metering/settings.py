@@ -28,7 +28,7 @@ class Settings:
     warehouse: Path = Path(".tallystick/warehouse.duckdb")
     """METERING_WAREHOUSE: the DuckDB file."""
     plans: Path = Path("plans.toml")
-    """METERING_PLANS: plans and rates; where the file is absent, the four default plans."""
+    """METERING_PLANS: plans and rates. Not set and no `plans.toml` in the working folder: the four default plans."""
     timeout_s: float = 5.0
     """METERING_TIMEOUT_MS: how long an admission may wait for its store, in milliseconds."""
     key_pepper: str | None = None
@@ -56,11 +56,14 @@ class Settings:
             raise InvalidSetting(
                 "METERING_QUOTA_URL", "a URL", "nothing: this version decides admissions in the ledger, not on Redis"
             )
+        plans = environ.get("METERING_PLANS")
+        if plans and not Path(plans).is_file():
+            raise InvalidSetting("METERING_PLANS", plans, "a file that is there")
         return cls(
             home=home,
             ledger_url=environ.get("METERING_LEDGER_URL") or f"sqlite:///{home / 'ledger.db'}",
             warehouse=Path(environ.get("METERING_WAREHOUSE") or home / "warehouse.duckdb"),
-            plans=Path(environ.get("METERING_PLANS") or "plans.toml"),
+            plans=Path(plans or "plans.toml"),
             timeout_s=_milliseconds("METERING_TIMEOUT_MS", environ.get("METERING_TIMEOUT_MS") or "5000") / 1000,
             key_pepper=environ.get("METERING_KEY_PEPPER") or None,
         )

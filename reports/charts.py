@@ -62,7 +62,9 @@ def usage_by_day(days: Sequence[UsageDay]) -> Figure:
     title = "Usage by day"
     if not any(part.tokens for part in days):
         return Figure(title=title, note="No tokens were used in this period.")
-    frame = pd.DataFrame({"series": [part.series for part in days], "tokens": [part.tokens for part in days]})
+    frame = pd.DataFrame(
+        {"series": [part.series for part in days], "tokens": _positions([part.tokens for part in days])}
+    )
     frame["day"] = [part.date.isoformat() for part in days]
     ranked = _ranked(frame, "series", "tokens")
     kept = ranked if len(ranked) <= MAX_SERIES else ranked[: MAX_SERIES - 1]
@@ -116,7 +118,7 @@ def usage_by_model(models: Sequence[ModelRow]) -> Figure:
         {
             "model": [name for name in names for _ in kinds],
             "kind": kinds * len(top),
-            "tokens": [tokens for row in top for tokens in (row.input_tokens, row.output_tokens)],
+            "tokens": _positions([tokens for row in top for tokens in (row.input_tokens, row.output_tokens)]),
         }
     )
     first = top[0].input_tokens + top[0].output_tokens
@@ -211,8 +213,8 @@ def _ranked(frame: pd.DataFrame, by: str, value: str) -> list[str]:
     return sorted(totals.index, key=lambda name: (-totals[name], name))
 
 
-def _positions(values: Sequence[Decimal]) -> list[float]:
-    """Where a bar ends. Nothing that is written as money goes through here."""
+def _positions(values: Sequence[Decimal | int]) -> list[float]:
+    """Where a bar ends, since a sum of tokens may need more than 64 bits. Nothing written as money goes through here."""
     return [float(value) for value in values]
 
 

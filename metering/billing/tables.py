@@ -68,7 +68,7 @@ class Table:
 
 
 def exact_number(where: str, value: object) -> Decimal:
-    """`value` as a Decimal of 0 or more, below 10^26, with at most 12 decimals. A float is refused."""
+    """`value` as a Decimal of 0 or more, below 10^18, with at most 12 decimals. A float is refused."""
     if isinstance(value, float):
         raise InvalidPlan(where, f'got {value!r}: write money as a string, such as "0.25"; a float is not exact')
     if isinstance(value, str):

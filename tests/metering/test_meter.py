@@ -42,14 +42,14 @@ def secret(meter: Meter) -> str:
 
 
 BAD_QUANTITIES: list[tuple[Any, str]] = [
-    (-1, "0 or more, below 10^26"),
-    (Decimal("-0.1"), "0 or more, below 10^26"),
+    (-1, "0 or more, below 10^18"),
+    (Decimal("-0.1"), "0 or more, below 10^18"),
     (Decimal("NaN"), "a finite number"),
     (Decimal("sNaN"), "a finite number"),
     (Decimal("Infinity"), "a finite number"),
-    (Decimal(10) ** 26, "0 or more, below 10^26"),
+    (Decimal(10) ** 18, "0 or more, below 10^18"),
     (Decimal("0.1234567890123"), "at most 12 decimals"),
-    (Decimal("12345678901234567890123456.0000000000001"), "at most 12 decimals"),
+    (Decimal("123456789012345678.0000000000001"), "at most 12 decimals"),
     (True, "an int or a Decimal (a float is not exact)"),
     (0.1, "an int or a Decimal (a float is not exact)"),
     (float("nan"), "an int or a Decimal (a float is not exact)"),
@@ -79,7 +79,7 @@ def test_a_quantity_that_cannot_be_is_named(meter: Meter, secret: str, value: An
 
 
 @pytest.mark.parametrize(
-    "quantity", ["0", "-0", "0E-30", "1E+25", "12345678901234567890123456.123456789012", "1.500000000000000"]
+    "quantity", ["0", "-0", "0E-30", "1E+17", "123456789012345678.123456789012", "1.500000000000000"]
 )
 def test_quantities_keep_every_digit_in_any_context(meter: Meter, secret: str, quantity: str) -> None:
     with localcontext(prec=3):

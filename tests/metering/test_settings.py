@@ -26,6 +26,7 @@ def test_what_is_local_follows_its_home() -> None:
 
 
 def test_every_setting_is_read() -> None:
+    Path("p.toml").touch()
     settings = Settings.from_env(
         {
             "METERING_HOME": "home",
@@ -48,6 +49,7 @@ def test_every_setting_is_read() -> None:
 
 def test_the_environment_goes_before_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     Path(".env").write_text("METERING_HOME=of-the-file\nMETERING_PLANS='mine.toml'\nMETERING_KEY_PEPPER\n# a note\n")
+    Path("mine.toml").touch()
     monkeypatch.setenv("METERING_HOME", "of-the-environment")
     settings = Settings.from_env()
     assert (settings.home, settings.plans) == (Path("of-the-environment"), Path("mine.toml"))
@@ -63,6 +65,11 @@ def test_an_empty_setting_is_none() -> None:
 def test_a_timeout_that_is_none_is_refused(value: str) -> None:
     with pytest.raises(InvalidSetting, match=r"METERING_TIMEOUT_MS: got .*, expected milliseconds, 1 to 600000"):
         Settings.from_env({"METERING_TIMEOUT_MS": value})
+
+
+def test_plans_that_were_asked_for_must_be_there() -> None:
+    with pytest.raises(InvalidSetting, match=r"METERING_PLANS: got 'prod\.toml', expected a file that is there"):
+        Settings.from_env({"METERING_PLANS": "prod.toml"})
 
 
 def test_redis_is_refused_rather_than_passed_over() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from metering.billing.money import quotient
 from reports import formats
 
-LEDGER_NUMBERS = st.decimals(min_value=-(10**26), max_value=10**26, places=12)
+LEDGER_NUMBERS = st.decimals(min_value=-(10**18), max_value=10**18, places=12)
 
 
 @given(LEDGER_NUMBERS)

@@ -153,7 +153,7 @@ def test_negative_numbers_stay_numbers(make: Any) -> None:
     assert rows_of(invoice_csv(make.invoice(items=(item,))))[1][7:10] == ["-3", "-0.0075", "-0.01"]
 
 
-@given(description=st.text(), amount=st.decimals(min_value=-(10**26), max_value=10**26, places=12))
+@given(description=st.text(), amount=st.decimals(min_value=-(10**18), max_value=10**18, places=12))
 def test_csv_parses_back(make: Any, description: str, amount: Decimal) -> None:
     items = (make.item(description=description, exact_amount=amount), make.item())
     rows = rows_of(invoice_csv(make.invoice(items=items)))

@@ -115,6 +115,12 @@ def test_axes_have_titles_and_short_numbers(make: Any) -> None:
     assert {"Day", "Tokens", "12B", "0"} <= set(texts)
 
 
+def test_tokens_beyond_64_bits_are_drawn(make: Any) -> None:
+    figure = charts.usage_by_day([make.day(1, tokens=2**64), make.day(2, tokens=2**70)])
+    assert figure.note.startswith("1199038364.8T tokens over 2 days")
+    assert len(figure.pictures) == 1
+
+
 def test_small_money_is_not_written_in_thousandths(make: Any) -> None:
     account = make.account("acme", total=Decimal("0.05"), provider_cost=Decimal("0.02"))
     texts = texts_of(charts.margin_by_account([account]))

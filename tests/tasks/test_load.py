@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from metering.checks import MAX_QUANTITY
 from metering.events import TOKEN_FIELDS, TokenUsage
 from tasks.errors import WarehouseError
 from tasks.load import ROOT, load_into
@@ -249,10 +250,15 @@ def test_the_largest_counts_allowed_add_up(place: Place) -> None:
     place.account("acme")
     most: dict[str, Any] = dict.fromkeys(TOKEN_FIELDS, 2**53)
     most |= {"cache_read_tokens": 0}
-    place.add(*(event(usage=TokenUsage(**most), model="mystery") for _ in range(2_000)))
-    place.aggregate()
-    assert place.warehouse_rows("SELECT sum(input_tokens)::VARCHAR FROM usage_15m") == [(str(2_000 * 2**53),)]
+    largest = Decimal(f"{MAX_QUANTITY - 1}.999999999999")
+    place.add(*(event(usage=TokenUsage(**most), quantity=largest, model="mystery") for _ in range(4_000)))
+    place.cycle()
+    assert place.warehouse_rows("SELECT sum(input_tokens)::VARCHAR, sum(quantity) FROM usage_15m") == [
+        (str(4_000 * 2**53), Decimal("3999999999999999999999.999999996000"))
+    ]
     assert rollup_differences(place.ledger_url, place.warehouse, PERIOD) == []
+    (invoice,) = place.invoices().values()
+    assert invoice.usage[0].quantity == Decimal("3999999999999999999999.999999996")
 
 
 def test_a_worker_that_fails_says_what_it_said(place: Place) -> None:
