@@ -214,7 +214,7 @@ def _ranked(frame: pd.DataFrame, by: str, value: str) -> list[str]:
 
 
 def _positions(values: Sequence[Decimal | int]) -> list[float]:
-    """Where a bar ends, since a sum of tokens may need more than 64 bits. Nothing written as money goes through here."""
+    """Where a bar ends, as floats: a sum of tokens may need more than 64 bits. Nothing written as money goes here."""
     return [float(value) for value in values]
 
 
