@@ -55,13 +55,17 @@ def load_units(text: str) -> Units:
 
 
 class Counters:
-    """Reads and moves the counters that one call touches: those of its account, line and key at one moment."""
+    """Reads and moves the counters that one call touches: those of its account, line and key at one moment.
 
-    def __init__(self, cursor: sqlite3.Cursor, *, account: str, line: str, key_id: str, at: datetime) -> None:
+    Without a line those of every line, to look at.
+    """
+
+    def __init__(self, cursor: sqlite3.Cursor, *, account: str, line: str | None, key_id: str, at: datetime) -> None:
         self._cursor = cursor
         self._scope: dict[str, Any] = {"account": account, "line": line, "key_id": key_id, "at": instant_text(at)}
         self._at = at
         self._recounted = False
+        self._arrivals: dict[RateCounter, Decimal] | None = None
         self._used: dict[Counter, Decimal] = {
             Counter(metric, row_line, row_key, Window(start=parse_instant(start), end=parse_instant(end))): Decimal(
                 used
@@ -122,6 +126,12 @@ class Counters:
                 _SQL["find_rate_counters"], self._scope
             )
         }
+
+    def arrival(self, rate: RateCounter) -> Decimal:
+        """The theoretical arrival time of one rate; 0 where it was never used."""
+        if self._arrivals is None:
+            self._arrivals = self.arrivals()
+        return self._arrivals.get(rate, Decimal(0))
 
     def put_arrival(self, rate: RateCounter, arrival: int | Decimal) -> None:
         """Keep a theoretical arrival time."""

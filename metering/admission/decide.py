@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from metering.admission.protocol import LimitStatus
 from metering.errors import InvalidEvent
 from metering.windows import Window, calendar_window
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from decimal import Decimal
 
     from metering.billing.pricing import Rate
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 __all__ = [
     "Counter",
     "RateCounter",
+    "Verdict",
     "asked_amount",
+    "asked_of",
     "check_rate",
     "check_window",
     "counter_of",
@@ -29,7 +31,7 @@ __all__ = [
     "moved_arrival",
     "rate_counter_of",
     "refusing",
-    "uncounted",
+    "weigh",
 ]
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -89,6 +91,26 @@ def asked_amount(
     raise InvalidEvent(name, asked if given else None, f"{least}: the plan limits it to {limit}")
 
 
+def asked_of(
+    limits: Iterable[Limit],
+    line: str,
+    units: Mapping[str, int | Decimal],
+    *,
+    usage_given: bool,
+    quantity_given: bool,
+    is_estimate: bool,
+) -> list[tuple[Limit, int | Decimal]]:
+    """What a call on a line asks of each limit that counts it. Raises as `asked_amount`."""
+    return [
+        (
+            limit,
+            asked_amount(limit, units, usage_given=usage_given, quantity_given=quantity_given, is_estimate=is_estimate),
+        )
+        for limit in limits
+        if limit.line in ("*", line)
+    ]
+
+
 def check_window(
     limit: Limit, window: Window, used: int | Decimal, asked: int | Decimal, now: datetime
 ) -> tuple[bool, LimitStatus]:
@@ -133,6 +155,45 @@ def check_rate(
     return fits, status, settled
 
 
+class Verdict(NamedTuple):
+    """Where every limit of a call stands, those that refuse it, and the arrival times to keep if none does."""
+
+    statuses: tuple[LimitStatus, ...]
+    refused: tuple[LimitStatus, ...]
+    arrivals: dict[RateCounter, int | Decimal]
+
+
+def weigh(
+    asked: Iterable[tuple[Limit, int | Decimal]],
+    *,
+    key_id: str,
+    period: Window,
+    now: datetime,
+    used: Callable[[Counter], int | Decimal],
+    arrival: Callable[[RateCounter], int | Decimal],
+) -> Verdict:
+    """Whether what a call asks of each limit fits: all or nothing. `used` and `arrival` are what is kept."""
+    statuses: list[LimitStatus] = []
+    refused: list[LimitStatus] = []
+    arrivals: dict[RateCounter, int | Decimal] = {}
+    for limit, amount in asked:
+        if limit.per is None:
+            rate = rate_counter_of(limit, key_id)
+            fits, status, arrivals[rate] = check_rate(limit, arrival(rate), amount, now)
+        else:
+            counter = counter_of(limit, key_id, now, period)
+            fits, status = check_window(limit, counter.window, used(counter), amount, now)
+        statuses.append(status)
+        if not fits:
+            refused.append(status)
+    if refused:
+        statuses = [
+            status if any(status is refusal for refusal in refused) else _uncounted(status, key_id, arrival, now)
+            for status in statuses
+        ]
+    return Verdict(tuple(statuses), tuple(refused), arrivals)
+
+
 def moved_arrival(
     rate: RateCounter, arrival: int | Decimal, claimed: int | Decimal, delta: int | Decimal, now: datetime
 ) -> int | Decimal:
@@ -147,10 +208,13 @@ def moved_arrival(
     return arrival + delta * rate.period_us if now_scaled < claimed else arrival
 
 
-def uncounted(status: LimitStatus, arrival: int | Decimal, now: datetime) -> LimitStatus:
-    """Where a limit that had room stands when another one refused the call; `arrival` is that of a rate."""
+def _uncounted(
+    status: LimitStatus, key_id: str, arrival: Callable[[RateCounter], int | Decimal], now: datetime
+) -> LimitStatus:
+    """Where a limit that had room stands when another one refused the call."""
     if status.limit.per is None:
-        return replace(check_rate(status.limit, arrival, 0, now)[1], asked=status.asked)
+        kept = arrival(rate_counter_of(status.limit, key_id))
+        return replace(check_rate(status.limit, kept, 0, now)[1], asked=status.asked)
     return replace(status, used=_plain(status.limit, status.used - status.asked))
 
 
@@ -167,7 +231,7 @@ def missing_name(plan: Plan, call: Call, units: Mapping[str, int | Decimal]) -> 
     return None
 
 
-def refusing(statuses: list[LimitStatus]) -> LimitStatus:
+def refusing(statuses: Sequence[LimitStatus]) -> LimitStatus:
     """Of limits that refuse, the one that takes longest to fit again; one that never will comes first."""
     return max(statuses, key=lambda status: float("inf") if status.retry_after_s is None else status.retry_after_s)
 

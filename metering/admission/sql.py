@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 from dataclasses import replace
 from datetime import datetime, timedelta
-from decimal import Decimal, localcontext
+from decimal import localcontext
 from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 
@@ -13,16 +13,11 @@ import msgspec
 
 from metering.admission.counters import NOTHING, Counters, units_of
 from metering.admission.decide import (
-    RateCounter,
-    asked_amount,
-    check_rate,
-    check_window,
-    counter_of,
-    rate_counter_of,
+    asked_of,
     refusing,
-    uncounted,
+    weigh,
 )
-from metering.admission.directory import Directory, Placement
+from metering.admission.directory import Directory
 from metering.admission.holding import KeptHold, give_back, keep_hold, move_rates, settlement_digest
 from metering.admission.protocol import Appended, Decision, HoldTicket, LimitStatus, Settled
 from metering.admission.rows import event_row, log_row
@@ -109,18 +104,15 @@ class SqlStore:
             cursor = cast("sqlite3.Cursor", connection.connection.cursor())
             try:
                 placed = self._directory.place(cursor, account, at)
-                statuses = []
-                for limit in placed.plan.limits:
-                    if limit.scope == "key" and key_id is None:
-                        continue
-                    counters = Counters(cursor, account=account, line=limit.line, key_id=key_id or "", at=at)
-                    if limit.per is None:
-                        arrival = counters.arrivals().get(rate_counter_of(limit, key_id or ""), Decimal(0))
-                        statuses.append(check_rate(limit, arrival, 0, at)[1])
-                    else:
-                        counter = counter_of(limit, key_id or "", at, placed.period)
-                        statuses.append(check_window(limit, counter.window, counters.used(counter), 0, at)[1])
-                return tuple(statuses)
+                counters = Counters(cursor, account=account, line=None, key_id=key_id or "", at=at)
+                return weigh(
+                    ((limit, 0) for limit in placed.plan.limits if limit.scope == "account" or key_id is not None),
+                    key_id=key_id or "",
+                    period=placed.period,
+                    now=at,
+                    used=counters.used,
+                    arrival=counters.arrival,
+                ).statuses
             except sqlite3.Error as exc:
                 raise translated(exc, self._ledger.path) from exc
 
@@ -149,12 +141,26 @@ class SqlStore:
         units = units_of(admission.usage, admission.quantity)
         if admission.hold_ttl_s is None:
             self._directory.require_names(cursor, placed.plan_version, call, units)
-        statuses, refused, arrivals = _check(placed, admission, units, counters, key_id, now)
-        if refused:
-            return replace(base, allowed=False, limits=tuple(statuses), refused_by=refusing(refused))
+        verdict = weigh(
+            asked_of(
+                placed.plan.limits,
+                call.line,
+                units,
+                usage_given=admission.usage is not None,
+                quantity_given=admission.quantity is not None,
+                is_estimate=admission.hold_ttl_s is not None,
+            ),
+            key_id=key_id,
+            period=placed.period,
+            now=now,
+            used=counters.used,
+            arrival=counters.arrival,
+        )
+        if verdict.refused:
+            return replace(base, allowed=False, limits=verdict.statuses, refused_by=refusing(verdict.refused))
 
         counters.move(units)
-        for rate, arrival in arrivals.items():
+        for rate, arrival in verdict.arrivals.items():
             counters.put_arrival(rate, arrival)
         hold = None
         if admission.hold_ttl_s is not None:
@@ -171,7 +177,7 @@ class SqlStore:
                 quantity=admission.quantity,
                 fingerprint=admission.fingerprint,
             )
-            keep_hold(cursor, hold, call, units, arrivals)
+            keep_hold(cursor, hold, call, units, verdict.arrivals)
         else:
             cursor.execute(
                 _SQL["insert_event_id"],
@@ -193,7 +199,7 @@ class SqlStore:
             )
             cursor.execute(_SQL["insert_event"], row)
             _keep_bodies(cursor, row, call, admission.bodies, now, replayable=keyed)
-        return replace(base, limits=tuple(statuses), hold=hold)
+        return replace(base, limits=verdict.statuses, hold=hold)
 
     def _replay(self, cursor: sqlite3.Cursor, admission: Admission, base: Decision, now: datetime) -> Decision | None:
         call = admission.call
@@ -338,52 +344,6 @@ class SqlStore:
             known=len(events) - len(rows) - len(conflicting),
             conflicting=tuple(conflicting),
         )
-
-
-def _check(
-    placed: Placement,
-    admission: Admission,
-    units: dict[str, int | Decimal],
-    counters: Counters,
-    key_id: str,
-    now: datetime,
-) -> tuple[list[LimitStatus], list[LimitStatus], dict[RateCounter, int | Decimal]]:
-    """Where every limit stands, those that refuse, and the arrivals to keep if none does."""
-    kept_arrivals: dict[RateCounter, Decimal] | None = None
-    statuses: list[LimitStatus] = []
-    refused: list[LimitStatus] = []
-    arrivals: dict[RateCounter, int | Decimal] = {}
-    for limit in placed.plan.limits:
-        if limit.line not in ("*", admission.call.line):
-            continue
-        asked = asked_amount(
-            limit,
-            units,
-            usage_given=admission.usage is not None,
-            quantity_given=admission.quantity is not None,
-            is_estimate=admission.hold_ttl_s is not None,
-        )
-        if limit.per is None:
-            if kept_arrivals is None:
-                kept_arrivals = counters.arrivals()
-            rate = rate_counter_of(limit, key_id)
-            fits, status, arrival = check_rate(limit, kept_arrivals.get(rate, Decimal(0)), asked, now)
-            arrivals[rate] = arrival
-        else:
-            counter = counter_of(limit, key_id, now, placed.period)
-            fits, status = check_window(limit, counter.window, counters.used(counter), asked, now)
-        statuses.append(status)
-        if not fits:
-            refused.append(status)
-    if refused:
-        kept = kept_arrivals or {}
-        statuses = [
-            status
-            if any(status is refusal for refusal in refused)
-            else uncounted(status, kept.get(rate_counter_of(status.limit, key_id), Decimal(0)), now)
-            for status in statuses
-        ]
-    return statuses, refused, arrivals
 
 
 def _claim_id(cursor: sqlite3.Cursor, event_id: UUID, hold: HoldTicket) -> bool:

@@ -79,7 +79,7 @@ SELECT billable, late FROM events WHERE event_id = :event_id
 SELECT metric, line, key_id, window_start, window_end, used
 FROM counters
 WHERE account = :account AND window_start <= :at AND window_end > :at
-    AND line IN ('*', :line) AND key_id IN ('', :key_id)
+    AND (:line IS NULL OR line IN ('*', :line)) AND key_id IN ('', :key_id)
 
 -- name: put_counter
 INSERT INTO counters (account, window_start, window_end, metric, line, key_id, used)
@@ -108,7 +108,7 @@ WHERE account = :account AND occurred_at >= :window_start AND occurred_at < :win
 -- name: find_rate_counters
 SELECT metric, line, key_id, units, period_us, arrival
 FROM rate_counters
-WHERE account = :account AND line IN ('*', :line) AND key_id IN ('', :key_id)
+WHERE account = :account AND (:line IS NULL OR line IN ('*', :line)) AND key_id IN ('', :key_id)
 
 -- name: put_rate_counter
 INSERT INTO rate_counters (account, metric, line, key_id, units, period_us, arrival)
