@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from metering.admission.protocol import Decision, LimitStatus
+    from metering.aio import AsyncHold, AsyncMeter
     from metering.billing.pricing import Rate
     from metering.errors import (
         IdempotencyConflict,
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from metering.plans import Limit, Plan
 
 __all__ = [
+    "AsyncHold",
+    "AsyncMeter",
     "Decision",
     "Hold",
     "IdempotencyConflict",
@@ -53,6 +56,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AsyncHold": "aio",
+    "AsyncMeter": "aio",
     "Decision": "admission.protocol",
     "Hold": "holds",
     "Limit": "plans",

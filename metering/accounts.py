@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import secrets
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timedelta
@@ -19,10 +20,11 @@ from metering.errors import (
     InvalidEvent,
     InvalidSetting,
     RevokedKey,
+    StoreUnavailable,
     UnknownAccount,
     UnknownKey,
 )
-from metering.ledger import admin_log, plan_versions
+from metering.ledger import admin_log, outbox, plan_versions
 from metering.ledger.schema import account_plans, accounts, api_keys, events
 from metering.windows import checked_anchor_day, checked_time_zone
 
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from metering.ledger import Ledger
 
 __all__ = ["Account", "Accounts", "ApiKey", "Keys", "NewKey", "key_digest", "list_accounts"]
+
+logger = logging.getLogger("metering")
 
 MIN_SECRET = 16
 MAX_SECRET = 512
@@ -87,12 +91,24 @@ class NewKey(ApiKey):
 
 
 class Accounts:
-    """Create, change and list accounts."""
+    """Create, change and list accounts.
 
-    def __init__(self, ledger: Ledger, *, clock: Callable[[], datetime], actor: str) -> None:
+    `announce` has Redis told of a change, after its commit. Where that raises `StoreUnavailable` so does the method,
+    and the change stands.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        *,
+        clock: Callable[[], datetime],
+        actor: str,
+        announce: Callable[[], object] = outbox.no_one,
+    ) -> None:
         self._ledger = ledger
         self._clock = clock
         self._actor = actor
+        self._announce = announce
 
     def create(
         self,
@@ -111,7 +127,9 @@ class Accounts:
             if existing is not None:
                 raise Conflict(f"account {account!r} exists already, on plan {existing.plan!r}")
             self._insert(connection, account, plan, name, address, time_zone, anchor_day, active_from)
-            return self._get(connection, account)
+            created = self._get(connection, account)
+        outbox.tell(self._announce)
+        return created
 
     def ensure(self, connection: sa.Connection, account: str, plan: str | None, active_from: datetime | None) -> None:
         """Within a transaction: create the account if it is new; if not, `plan` must be its plan or None."""
@@ -144,16 +162,12 @@ class Accounts:
         now = self._clock()
         with self._ledger.write() as connection:
             before = self._get(connection, account)
-            if before.plan == plan:
-                return before
-            plan_versions.ensure(connection, plan, now=now, actor=self._actor)
-            # A second change within one tick of the clock takes the place of the first.
-            connection.execute(
-                account_plans.delete().where(account_plans.c.account == account, account_plans.c.effective_from == now)
-            )
-            connection.execute(account_plans.insert().values(account=account, effective_from=now, plan=plan))
-            self._note(connection, now, "account.change_plan", account, before=before.plan, after=plan)
-            return self._get(connection, account)
+            if before.plan != plan:
+                self._assign(connection, account, plan, now)
+                self._note(connection, now, "account.change_plan", account, before=before.plan, after=plan)
+            changed = self._get(connection, account)
+        outbox.tell(self._announce)
+        return changed
 
     def update(
         self,
@@ -174,14 +188,29 @@ class Accounts:
             changes["time_zone"] = checked_time_zone("time_zone", time_zone)
         if anchor_day is not None:
             changes["anchor_day"] = checked_anchor_day("anchor_day", anchor_day)
+        cuts_periods = bool(changes.keys() & {"time_zone", "anchor_day"})
         with self._ledger.write() as connection:
             self._get(connection, account)
-            if changes.keys() & {"time_zone", "anchor_day"} and _has_events(connection, account):
+            if cuts_periods and _has_events(connection, account):
                 raise Conflict(f"account {account!r} has usage: its time zone and anchor day cut its periods and stay")
             if changes:
                 connection.execute(accounts.update().where(accounts.c.account == account).values(**changes))
                 self._note(connection, self._clock(), "account.update", account, **changes)
-            return self._get(connection, account)
+            if cuts_periods:
+                outbox.note(connection, account, now=self._clock())
+            changed = self._get(connection, account)
+        if cuts_periods:
+            outbox.tell(self._announce)
+        return changed
+
+    def _assign(self, connection: sa.Connection, account: str, plan: str, now: datetime) -> None:
+        plan_versions.ensure(connection, plan, now=now, actor=self._actor)
+        # A second change within one tick of the clock takes the place of the first.
+        connection.execute(
+            account_plans.delete().where(account_plans.c.account == account, account_plans.c.effective_from == now)
+        )
+        connection.execute(account_plans.insert().values(account=account, effective_from=now, plan=plan))
+        outbox.note(connection, account, now=now)
 
     def _insert(
         self,
@@ -208,6 +237,7 @@ class Accounts:
         )
         plan_versions.ensure(connection, plan, now=now, actor=self._actor)
         connection.execute(account_plans.insert().values(account=account, effective_from=plan_versions.EVER, plan=plan))
+        outbox.note(connection, account, now=now)
         self._note(connection, now, "account.create", account, plan=plan, time_zone=time_zone, anchor_day=anchor_day)
 
     def _get(self, connection: sa.Connection, account: str) -> Account:
@@ -221,16 +251,29 @@ class Accounts:
 
 
 class Keys:
-    """Issue, adopt, look up, rotate and revoke API keys. Only digests of secrets are kept."""
+    """Issue, adopt, look up, rotate and revoke API keys. Only digests of secrets are kept.
+
+    `announce` has Redis told of a change, after its commit. Where that raises `StoreUnavailable` so do `adopt` and
+    `revoke`, and the change stands: a revoke that returns is known there. `create` and `rotate` log it instead, because
+    their secret is shown once, and a key that Redis has not heard of is looked up in the ledger.
+    """
 
     def __init__(
-        self, ledger: Ledger, accounts: Accounts, *, clock: Callable[[], datetime], actor: str, pepper: str | None
+        self,
+        ledger: Ledger,
+        accounts: Accounts,
+        *,
+        clock: Callable[[], datetime],
+        actor: str,
+        pepper: str | None,
+        announce: Callable[[], object] = outbox.no_one,
     ) -> None:
         self._ledger = ledger
         self._accounts = accounts
         self._clock = clock
         self._actor = actor
         self._pepper = pepper
+        self._announce = announce
 
     def digest(self, secret: str) -> str:
         """What the ledger keeps of a secret."""
@@ -242,6 +285,7 @@ class Keys:
         with self._ledger.write() as connection:
             self._accounts.ensure(connection, account, plan, active_from=self._clock())
             key = self._insert(connection, secret, account, label, "key.create")
+        self._try_to_tell(key)
         return _with_secret(key, secret)
 
     def adopt(self, secret: str, account: str, *, plan: str | None = None, label: str | None = None) -> ApiKey:
@@ -253,13 +297,14 @@ class Keys:
             raise InvalidSetting("secret", "(not shown)", f"{MIN_SECRET} to {MAX_SECRET} printable characters")
         refuse_secret(secret, {"account": account, "plan": plan, "label": label})
         with self._ledger.write() as connection:
-            known = self._find(connection, self.digest(secret))
-            if known is not None:
-                if known.account != account:
-                    raise Conflict(f"API key {known.key_id} was adopted before, for another account")
-                return known
-            self._accounts.ensure(connection, account, plan, active_from=self._clock())
-            return self._insert(connection, secret, account, label, "key.adopt")
+            key = self._find(connection, self.digest(secret))
+            if key is None:
+                self._accounts.ensure(connection, account, plan, active_from=self._clock())
+                key = self._insert(connection, secret, account, label, "key.adopt")
+            elif key.account != account:
+                raise Conflict(f"API key {key.key_id} was adopted before, for another account")
+        outbox.tell(self._announce)
+        return key
 
     def lookup(self, secret: str) -> ApiKey:
         """The key, with its account and plan. Raises `UnknownKey`; a revoked key is found, and says so."""
@@ -285,15 +330,17 @@ class Keys:
             return [self._record(connection, row) for row in connection.execute(query).mappings().all()]
 
     def revoke(self, key_id: str) -> ApiKey:
-        """Deactivate a key now. Revoking twice changes nothing. Raises `UnknownKey`."""
+        """Deactivate a key now. Revoking twice is once. Raises `UnknownKey`."""
         now = self._clock()
         with self._ledger.write() as connection:
             key = self._get(connection, key_id)
-            if key.revoked_at is not None:
-                return key
-            connection.execute(api_keys.update().where(api_keys.c.key_id == key_id).values(revoked_at=now))
-            self._note(connection, now, "key.revoke", key_id, account=key.account)
-            return self._get(connection, key_id)
+            if key.revoked_at is None:
+                connection.execute(api_keys.update().where(api_keys.c.key_id == key_id).values(revoked_at=now))
+                outbox.note(connection, key.account, now=now)
+                self._note(connection, now, "key.revoke", key_id, account=key.account)
+                key = self._get(connection, key_id)
+        outbox.tell(self._announce)
+        return key
 
     def rotate(self, key_id: str, *, grace: timedelta = timedelta(days=1)) -> NewKey:
         """Issue a successor; the old key works until `grace` is over. Raises `UnknownKey`, `RevokedKey`."""
@@ -320,7 +367,14 @@ class Keys:
                 rotated_to=new.key_id,
                 expires_at=now + grace,
             )
+        self._try_to_tell(new)
         return _with_secret(new, secret)
+
+    def _try_to_tell(self, key: ApiKey) -> None:
+        try:
+            outbox.tell(self._announce)
+        except StoreUnavailable as exc:
+            logger.warning("API key %s of account %r: %s", key.key_id, key.account, exc)
 
     def _insert(self, connection: sa.Connection, secret: str, account: str, label: str | None, action: str) -> ApiKey:
         now = self._clock()
@@ -336,6 +390,7 @@ class Keys:
                 created_at=now,
             )
         )
+        outbox.note(connection, account, now=now)
         self._note(connection, now, action, key_id, account=account, label=label)
         return self._get(connection, key_id)
 

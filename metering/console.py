@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-__all__ = ["fields_of", "progress_bar", "show"]
+__all__ = ["fields_of", "progress_bar", "show", "show_line"]
 
 MAX_LINES = 20
 """Of one cell of a table; JSON has all of them."""
@@ -65,6 +65,13 @@ def show(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
         for row in rows:
             table.add_row(*(Text(_cell(row[name])) for name in shown))
     console.print(table)
+
+
+def show_line(row: Mapping[str, Any]) -> None:
+    """As one line of JSON."""
+    import msgspec
+
+    typer.echo(msgspec.json.encode(row, enc_hook=str).decode())
 
 
 def _cell(value: Any) -> str:

@@ -12,14 +12,16 @@ from metering.admission.counters import Counters, units_of
 from metering.admission.statements import statements
 from metering.errors import CorrectionConflict, UnknownEvent
 from metering.events import TOKEN_FIELDS, TokenUsage, derive_event_id
+from metering.ledger import outbox
 from metering.ledger.types import decimal_text, instant_text, parse_instant
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from datetime import datetime
 
     from metering.ledger import Ledger
 
-__all__ = ["Correction", "correct"]
+__all__ = ["Correction", "correct", "correcting_ids", "find_event", "reversal_row"]
 
 _SQL = statements("sqlite")
 
@@ -44,64 +46,87 @@ def correct(
     billable: bool | None,
     reason: str,
     now: datetime,
+    announce: Callable[[], object] = outbox.no_one,
 ) -> Correction:
     """Replace the billed event `event_id`; None keeps a value.
 
     Both new ids derive from the event they replace, so the same correction is booked once, however often it is sent.
-    Raises `CorrectionConflict` where that event was replaced before by other values, `UnknownEvent`.
+    `announce` is called after the commit of one that moves counters; what it raises, the correction stands.
+    Raises `CorrectionConflict` where that event was replaced before by other values, or undone; `UnknownEvent`.
     """
     said = {} if usage is None else dict(usage.to_dict())
     given: dict[str, Any] = {"model": model, "provider": provider, "billable": billable, **said}
     if quantity is not None:
         given["quantity"] = decimal_text(quantity)
     wanted = {name: value for name, value in given.items() if value is not None}
+    correction, moves_counters = ledger.writer.run(lambda cursor: _book(cursor, event_id, wanted, reason, now))
+    if moves_counters:
+        outbox.tell(announce)
+    return correction
 
-    def work(shared_cursor: sqlite3.Cursor) -> Correction:
-        cursor = shared_cursor.connection.cursor()
-        cursor.row_factory = sqlite3.Row
-        current = _find(cursor, event_id)
-        if current is None:
-            raise UnknownEvent(event_id)
-        if current["requests"] < 0:
-            raise CorrectionConflict(f"event {event_id} is a reversal: correct the replacement that came with it")
-        original = UUID(current["corrects"] or current["event_id"])
-        reversal = derive_event_id("reversal", event_id.hex)
-        replacement = derive_event_id("replacement", event_id.hex)
-        changed = current | wanted
-        booked = _find(cursor, replacement)
-        if booked is not None:
-            if any(booked[name] != changed[name] for name in _CORRECTABLE):
-                raise CorrectionConflict(f"event {event_id} was corrected before: event {replacement} is billed for it")
-            return Correction(original=original, reversal=reversal, replacement=replacement)
-        if changed == current:
-            return Correction(original=original, reversal=None, replacement=None)
-        shared = {
-            "kind": "correction",
-            "corrects": original.hex,
-            "recorded_at": instant_text(now),
-            "idempotency_key": None,
-            "fingerprint": None,
-            "reason": reason,
-        }
-        negated = {name: -current[name] for name in ("requests", *TOKEN_FIELDS)}
-        negated["quantity"] = decimal_text(-Decimal(current["quantity"]))
-        for row in (
-            current | negated | shared | {"event_id": reversal.hex},
-            changed | shared | {"event_id": replacement.hex},
-        ):
-            cursor.execute(_SQL["insert_event_id"], row)
-            cursor.execute(_SQL["insert_event"], row)
-        if current["counted"]:
-            _move_counters(shared_cursor, current, changed)
-        return Correction(original=original, reversal=reversal, replacement=replacement)
 
-    return ledger.writer.run(work)
+def _book(
+    shared_cursor: sqlite3.Cursor, event_id: UUID, wanted: dict[str, Any], reason: str, now: datetime
+) -> tuple[Correction, bool]:
+    """The correction, and whether it moves counters."""
+    cursor = shared_cursor.connection.cursor()
+    cursor.row_factory = sqlite3.Row
+    current = find_event(cursor, event_id)
+    if current is None:
+        raise UnknownEvent(event_id)
+    if current["requests"] < 0:
+        raise CorrectionConflict(f"event {event_id} is a reversal: correct the replacement that came with it")
+    original = UUID(current["corrects"] or current["event_id"])
+    reversal, replacement = correcting_ids(event_id)
+    changed = current | wanted
+    booked = find_event(cursor, replacement)
+    if booked is not None:
+        if any(booked[name] != changed[name] for name in _CORRECTABLE):
+            raise CorrectionConflict(f"event {event_id} was corrected before: event {replacement} is billed for it")
+        return Correction(original=original, reversal=reversal, replacement=replacement), bool(current["counted"])
+    if find_event(cursor, reversal) is not None:
+        raise CorrectionConflict(f"event {event_id} was undone: nothing is billed for it")
+    if changed == current:
+        return Correction(original=original, reversal=None, replacement=None), False
+    replaced = changed | _shared(current, reason, now) | {"event_id": replacement.hex}
+    for row in (reversal_row(current, reason=reason, now=now), replaced):
+        cursor.execute(_SQL["insert_event_id"], row)
+        cursor.execute(_SQL["insert_event"], row)
+    if current["counted"]:
+        _move_counters(shared_cursor, current, changed)
+        outbox.note(cursor, current["account"], recount=True, now=now)
+    return Correction(original=original, reversal=reversal, replacement=replacement), bool(current["counted"])
 
 
 _CORRECTABLE = (*TOKEN_FIELDS, "quantity", "model", "provider", "billable")
 
 
-def _find(cursor: sqlite3.Cursor, event_id: UUID) -> dict[str, Any] | None:
+def correcting_ids(event_id: UUID) -> tuple[UUID, UUID]:
+    """The ids of the reversal and the replacement of an event, should there be any."""
+    return derive_event_id("reversal", event_id.hex), derive_event_id("replacement", event_id.hex)
+
+
+def reversal_row(row: dict[str, Any], *, reason: str, now: datetime) -> dict[str, Any]:
+    """The row that takes exactly what `row` (of `events`) has."""
+    reversal, _ = correcting_ids(UUID(row["event_id"]))
+    negated = {name: -row[name] for name in ("requests", *TOKEN_FIELDS)}
+    negated["quantity"] = decimal_text(-Decimal(row["quantity"]))
+    return row | negated | _shared(row, reason, now) | {"event_id": reversal.hex}
+
+
+def _shared(row: dict[str, Any], reason: str, now: datetime) -> dict[str, Any]:
+    return {
+        "kind": "correction",
+        "corrects": row["corrects"] or row["event_id"],
+        "recorded_at": instant_text(now),
+        "idempotency_key": None,
+        "fingerprint": None,
+        "reason": reason,
+    }
+
+
+def find_event(cursor: sqlite3.Cursor, event_id: UUID) -> dict[str, Any] | None:
+    """A row of `events` without its number. The cursor's rows are `sqlite3.Row`."""
     row = cursor.execute(_SQL["find_event"], {"event_id": event_id.hex}).fetchone()
     if row is None:
         return None

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import sqlite3
+from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
+from metering.admission.places import QuotaPlace
 from metering.admission.verify import check_counters
-from metering.errors import MeteringError
+from metering.clock import utc_now
+from metering.errors import MeteringError, StoreUnavailable
 from metering.ledger import SCHEMA, Ledger
-from metering.ledger.schema import accounts, events, holds
+from metering.ledger.schema import accounts, dead_letters, events, holds, outbox, shards
 from metering.plans import parse_plans
 from metering.settings import Settings
+from metering.spool import Spool
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
+
+    from metering.admission.redis.link import Link
 
 __all__ = ["Finding", "examine"]
+
+LATE_S = 600.0
+"""What has waited longer is a warning: `drain --follow` takes a second, and the flow comes every five minutes."""
+NAMED = 5
+"""Of many shards so many are named."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,11 +38,13 @@ class Finding:
 
     what: str
     ok: bool
+    warning: bool = False
+    """It works, and somebody should do something about it."""
     says: str
 
 
 def examine() -> list[Finding]:
-    """Look at settings, ledger, plans and counters. Changes nothing and never raises."""
+    """Look at settings, ledger, quotas, spool and plans. Changes nothing and never raises."""
     try:
         settings = Settings.from_env()
     except MeteringError as exc:
@@ -45,10 +58,13 @@ def examine() -> list[Finding]:
         with_ledger: tuple[tuple[str, Callable[[Ledger], str]], ...] = (
             ("ledger", _ledger),
             ("contents", _contents),
-            ("counters", _counters),
+            *((("counters", _counters),) if settings.quota_url is None else ()),
         )
         findings += [_finding(what, look, ledger) for what, look in with_ledger]
+        if settings.quota_url is not None:
+            findings += _redis(settings, settings.quota_url, ledger)
         ledger.close()
+    findings += _spool(settings)
     findings.append(_plans(settings))
     warehouse = "is there" if settings.warehouse.exists() else "is absent: `python -m flows` makes it"
     findings.append(Finding(what="warehouse", ok=True, says=f"{settings.warehouse} {warehouse}"))
@@ -84,6 +100,161 @@ def _counters(ledger: Ledger) -> str:
     if differing:
         raise MeteringError(f"{differing} of {len(checks)} counters differ from the ledger: see `tallystick verify`")
     return f"{len(checks)}, all equal to the ledger"
+
+
+def _redis(settings: Settings, url: str, ledger: Ledger) -> Iterator[Finding]:
+    try:
+        place = QuotaPlace(url=url, timeout_s=settings.quota_timeout_s, spool=settings.spool, allow_eviction=True)
+        store = place.open(ledger)
+    except MeteringError as exc:
+        yield Finding(what="redis", ok=False, says=str(exc))
+        return
+    try:
+        yield from _servers(url, store.link, allow_eviction=settings.allow_eviction)
+        yield _shards(ledger, store.link)
+        yield _lag(ledger, store.link)
+    except MeteringError as exc:
+        yield Finding(what="redis", ok=False, says=str(exc))
+    store.close()
+    try:
+        yield from _carried(ledger)
+    except MeteringError as exc:
+        yield Finding(what="drained", ok=False, says=str(exc))
+
+
+def _servers(url: str, link: Link, *, allow_eviction: bool) -> Iterator[Finding]:
+    """What the servers are, and whether they keep what they have. Raises `StoreUnavailable`."""
+    from metering.admission.redis.keys import SHARDS  # noqa: PLC0415  where quotas are in the ledger it is not needed
+    from metering.admission.redis.wire import Topology  # noqa: PLC0415
+
+    servers: dict[str, dict[str, str]] = {}
+    for shard in range(SHARDS):
+        info = dict(line.split(":", 1) for line in _ask(link, shard, "INFO").decode().splitlines() if ":" in line)
+        if info.get("run_id", "") not in servers:
+            servers[info.get("run_id", "")] = {**info, "appendfsync": _appendfsync(link, shard)}
+    seed = Topology(url).seed
+    versions = {
+        f"Valkey {info['valkey_version']}" if "valkey_version" in info else f"Redis {info.get('redis_version')}"
+        for info in servers.values()
+    }
+    number = f", {len(servers)} servers" if len(servers) > 1 else ""
+    yield Finding(what="redis", ok=True, says=f"{seed.host}:{seed.port}{number}, {' and '.join(sorted(versions))}")
+    policies = {info.get("maxmemory_policy", "unknown") for info in servers.values()}
+    is_safe = policies == {"noeviction"}
+    yield Finding(
+        what="redis memory",
+        ok=is_safe or allow_eviction,
+        warning=not is_safe,
+        says=f"maxmemory-policy {' and '.join(sorted(policies))}"
+        + ("" if is_safe else ": a full server throws counters and events away; set noeviction"),
+    )
+    is_kept = all(info.get("aof_enabled") == "1" for info in servers.values())
+    says = "append-only file is off: what was acknowledged may be lost with the server"
+    if is_kept:
+        syncs = {info["appendfsync"] for info in servers.values()}
+        says = f"append-only file is on, appendfsync {' and '.join(sorted(syncs))}"
+        says += "" if syncs == {"always"} else ": up to a second of what was acknowledged may be lost"
+    yield Finding(what="redis persistence", ok=True, warning=not is_kept, says=says)
+
+
+def _appendfsync(link: Link, shard: int) -> str:
+    try:
+        found: list[bytes] = _ask(link, shard, "CONFIG", "GET", "appendfsync")
+    except StoreUnavailable:  # some hosts do not tell
+        return "unknown"
+    return found[1].decode() if found else "unknown"
+
+
+def _shards(ledger: Ledger, link: Link) -> Finding:
+    """Whether each shard still has what it had. Raises `StoreUnavailable`."""
+    from metering.admission.redis.shards import shard_states  # noqa: PLC0415
+
+    states = shard_states(ledger, link)
+    unwell = [
+        f"{found.shard} {found.state}" + (f" ({found.reason})" if found.reason else "")
+        for found in states
+        if found.state not in ("open", "unused")
+    ]
+    if unwell:
+        says = f"shard {_some(unwell)}: nothing is admitted there until `tallystick quota rebuild`"
+        return Finding(what="shards", ok=False, says=says)
+    numbers = Counter(found.state for found in states)
+    return Finding(what="shards", ok=True, says=f"{numbers['open']} open, {numbers['unused']} unused")
+
+
+def _lag(ledger: Ledger, link: Link) -> Finding:
+    """What waits to be drained. Raises `StoreUnavailable`."""
+    from metering.drain import Drain  # noqa: PLC0415
+
+    lags = Drain(ledger, link).lag()
+    oldest_s = max((lag.oldest_s for lag in lags if lag.oldest_s is not None), default=0.0)
+    says = f"{sum(lag.entries for lag in lags):,} events to drain"
+    if oldest_s:
+        says += f", the oldest {oldest_s:,.0f} s old"
+    is_late = oldest_s > LATE_S
+    if is_late:
+        says += f", more than {LATE_S:.0f} s: is `tallystick drain --follow` running?"
+    return Finding(what="lag", ok=True, warning=is_late, says=says)
+
+
+def _carried(ledger: Ledger) -> Iterator[Finding]:
+    """What the ledger knows of the way between it and Redis."""
+    with ledger.read() as connection:
+        lost = connection.execute(
+            sa.select(shards.c.shard, shards.c.lost).where(shards.c.lost > 0).order_by(shards.c.shard)
+        ).all()
+        is_open = dead_letters.c.resolved_at.is_(None)
+        dead = connection.execute(sa.select(sa.func.count()).select_from(dead_letters).where(is_open)).scalar_one()
+        is_unsent = outbox.c.sent_at.is_(None)
+        unsent = connection.execute(sa.select(sa.func.count()).select_from(outbox).where(is_unsent)).scalar_one()
+    says = "none"
+    if lost:
+        says = f"{sum(row.lost for row in lost):,} that Redis admitted never came: "
+        says += _some([f"{row.lost:,} of shard {row.shard}" for row in lost])
+    yield Finding(what="lost events", ok=True, warning=bool(lost), says=says)
+    says = f"{dead:,} open" + (": in the ledger's table dead_letters, with error and bytes" if dead else "")
+    yield Finding(what="dead letters", ok=True, warning=bool(dead), says=says)
+    says = f"{unsent:,} changes that Redis has not been told" + (": the drain tells it" if unsent else "")
+    yield Finding(what="outbox", ok=True, warning=bool(unsent), says=says)
+
+
+def _spool(settings: Settings) -> Iterator[Finding]:
+    """What waits on this machine. Without Redis only if there is something."""
+    try:
+        found = Spool(settings.spool).pending()
+    except MeteringError as exc:
+        yield Finding(what="spool", ok=False, says=str(exc))
+        return
+    if settings.quota_url is None and not (found.lines or found.damaged_files):
+        return
+    says = f"{settings.spool}: {found.lines:,} lines in {found.files:,} files"
+    is_late = False
+    if found.oldest is not None:
+        waits_s = (utc_now() - found.oldest).total_seconds()
+        is_late = waits_s > LATE_S
+        says += f", the oldest begun {found.oldest:%Y-%m-%d %H:%M:%S}Z"
+    if found.damaged_files:
+        says += f"; {found.damaged_files:,} files of unreadable lines set aside as *.damaged"
+    if settings.quota_url is None:
+        says += "; they are for a Redis, and METERING_QUOTA_URL is not set"
+    is_stuck = is_late or found.damaged_files > 0 or settings.quota_url is None
+    yield Finding(what="spool", ok=True, warning=is_stuck, says=says)
+
+
+def _ask(link: Link, shard: int, *command: Any) -> Any:
+    from metering.admission.redis.shards import TIMEOUT_S  # noqa: PLC0415
+    from metering.admission.redis.wire import NotDone, OutcomeUnknown  # noqa: PLC0415
+
+    try:
+        return link.call(shard, *command, timeout_s=TIMEOUT_S)
+    except (NotDone, OutcomeUnknown) as exc:
+        raise StoreUnavailable(str(exc)) from exc
+
+
+def _some(named: Iterable[str]) -> str:
+    several = list(named)
+    more = f" and {len(several) - NAMED} more" if len(several) > NAMED else ""
+    return ", ".join(several[:NAMED]) + more
 
 
 def _plans(settings: Settings) -> Finding:

@@ -5,24 +5,24 @@ from __future__ import annotations
 import logging
 import threading
 import warnings
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from metering import checks
-from metering.admission.protocol import Settlement
+from metering.admission.protocol import Bodies, HoldTicket, Settlement
 from metering.bodies import bodies_of, hidden, kept_in_plain, masked_error, refuse_secret
 from metering.errors import InvalidEvent, LedgerError
-from metering.events import TokenUsage
+from metering.events import Call, TokenUsage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from types import TracebackType
 
-    from metering.admission.protocol import AdmissionStore, Decision, HoldTicket, Settled
-    from metering.events import Call
+    from metering.admission.protocol import Admission, AdmissionStore, Decision, Settled
 
-__all__ = ["Hold", "Keeper", "UnsettledHold"]
+__all__ = ["HeldCall", "Hold", "Keeper", "Release", "UnsettledHold"]
 
 logger = logging.getLogger("metering")
 
@@ -34,32 +34,145 @@ class UnsettledHold(UserWarning):
     """A `with` block ended without settling its hold: the estimate was booked, marked `estimated`."""
 
 
-class Hold:
+@dataclass(frozen=True, slots=True)
+class Release:
+    """What a store is told to give a hold back."""
+
+    hold: HoldTicket
+    call: Call
+    bodies: Bodies
+
+
+class HeldCall:
+    """A hold and the call it was made for: decides what is booked and when. `Hold` and `AsyncHold` ask the store."""
+
+    def __init__(self, decision: Decision, admission: Admission, *, secret: str) -> None:
+        assert decision.hold is not None
+        self.decision = decision
+        self.settled: Settled | None = None
+        """How it was settled; None so far."""
+        self._ticket: HoldTicket = decision.hold
+        self._call = admission.call
+        self._request = admission.bodies.request
+        self._secret = secret
+        self._cost_is_known = False
+        self._released = False
+        self._unanswered: Settlement | None = None
+        """What the store was told, without an answer."""
+
+    def __repr__(self) -> str:
+        ticket = self._ticket
+        return f"<{type(self).__name__} {ticket.hold_id} of account {ticket.account!r}, line {self._call.line!r}>"
+
+    def _real_cost(
+        self,
+        usage: TokenUsage | None = None,
+        *,
+        quantity: Decimal | int | None = None,
+        provider: str | None = None,
+        model: str | None = None,
+        service_tier: str | None = None,
+        response: Any = None,
+        latency_ms: int | None = None,
+    ) -> Settlement:
+        """What `settle` with these arguments books. Raises `InvalidEvent`."""
+        self._cost_is_known = True
+        with hidden(self._secret):
+            call = replace(
+                self._call,
+                provider=provider or self._call.provider,
+                model=model or self._call.model,
+                service_tier=service_tier or self._call.service_tier,
+                latency_ms=latency_ms,
+            )
+            refuse_secret(self._secret, kept_in_plain(call))
+            if usage is None and self._ticket.usage is not None:
+                raise InvalidEvent("usage", None, "a TokenUsage, as in the estimate; TokenUsage() if nothing was used")
+            if usage is not None and not isinstance(usage, TokenUsage):
+                raise InvalidEvent("usage", usage, "a TokenUsage")
+            used = None if quantity is None else checks.quantity("quantity", quantity)
+        if self.settled is None:
+            self._call = call
+        return self._settlement(
+            call, usage, self._ticket.quantity if used is None else used, response=response, estimated=False
+        )
+
+    def _release_of(self, error: object) -> Release:
+        """What `release(error)` tells the store."""
+        return Release(
+            self._ticket,
+            replace(self._call, error=masked_error(error, self._secret)),
+            Bodies(request=self._request),
+        )
+
+    def _ending(self, error: BaseException | None) -> Settlement | Release | None:
+        """What is still to be told at the end of the block; None where all is said."""
+        if self.settled is not None or self._released:
+            return None
+        if error is not None and not self._cost_is_known:
+            return self._release_of(error)
+        # A settle that was refused says that the work was done: the estimate is billed rather than nothing.
+        return self._unanswered or self._settlement(
+            self._call, self._ticket.usage, self._ticket.quantity, response=None, estimated=True
+        )
+
+    @contextmanager
+    def _remembering(self, settlement: Settlement) -> Iterator[None]:
+        """A block that asks for `settlement`: if no answer comes, the end of the hold's block asks again."""
+        try:
+            yield
+        except BaseException as exc:
+            if isinstance(exc, LedgerError) or not isinstance(exc, Exception):
+                self._unanswered = settlement
+            raise
+
+    @contextmanager
+    def _telling(self, ending: Settlement | Release, error: BaseException | None) -> Iterator[None]:
+        """A block that tells the store the ending. An outage is raised only where the app has no error of its own."""
+        hold_id = ending.hold.hold_id
+        try:
+            yield
+        except LedgerError:
+            if error is None:
+                raise
+            if isinstance(ending, Release):
+                logger.warning("hold %s could not be released; it expires by itself", hold_id, exc_info=True)
+            else:
+                logger.exception("hold %s could not be settled: call settle again before it expires", hold_id)
+        else:
+            if error is None and isinstance(ending, Settlement) and ending.estimated:
+                warnings.warn(
+                    f"hold {hold_id} on line {self._call.line!r} was not settled: its estimate was booked",
+                    UnsettledHold,
+                    stacklevel=4,  # this, contextlib, the end of the block, the app
+                )
+
+    def _settlement(
+        self, call: Call, usage: TokenUsage | None, quantity: Decimal | None, *, response: Any, estimated: bool
+    ) -> Settlement:
+        bodies = bodies_of(self._secret, None, response, replayable=call.idempotency_key is not None)
+        return Settlement(
+            hold=self._ticket,
+            call=call,
+            usage=usage or TokenUsage(),
+            quantity=quantity or Decimal(0),
+            estimated=estimated,
+            bodies=replace(bodies, request=self._request),
+        )
+
+
+class Hold(HeldCall):
     """Units reserved for a call. Made by `Meter.reserve`; settle it with the real usage before its block ends.
 
     Leaving the block without settling books the estimate and warns. An exception before settling gives the quota back.
     """
 
     def __init__(
-        self, store: AdmissionStore, keeper: Keeper, decision: Decision, call: Call, *, secret: str, request: Any
+        self, store: AdmissionStore, keeper: Keeper, decision: Decision, admission: Admission, *, secret: str
     ) -> None:
-        assert decision.hold is not None
-        self.decision = decision
-        self.settled: Settled | None = None
-        """How it was settled; None so far."""
-        self._ticket: HoldTicket = decision.hold
+        super().__init__(decision, admission, secret=secret)
         self._store = store
         self._keeper = keeper
-        self._call = call
-        self._secret = secret
-        self._request = request
-        self._cost_is_known = False
-        self._released = False
-        self._unbooked: Settlement | None = None
-        """What the store was told while it was away."""
-
-    def __repr__(self) -> str:
-        return f"<Hold {self._ticket.hold_id} of account {self._ticket.account!r}, line {self._call.line!r}>"
 
     def settle(
         self,
@@ -78,40 +191,21 @@ class Hold:
         settle twice is one; another one raises `SettleConflict`. Raises `InvalidEvent` for usage that cannot be or is
         left out, and for a provider or model left out that a rate of the plan needs.
         """
-        self._cost_is_known = True
-        with hidden(self._secret):
-            call = replace(
-                self._call,
-                provider=provider or self._call.provider,
-                model=model or self._call.model,
-                service_tier=service_tier or self._call.service_tier,
-                latency_ms=latency_ms,
-            )
-            refuse_secret(self._secret, kept_in_plain(call))
-            if usage is None and self._ticket.usage is not None:
-                raise InvalidEvent("usage", None, "a TokenUsage, as in the estimate; TokenUsage() if nothing was used")
-            if usage is not None and not isinstance(usage, TokenUsage):
-                raise InvalidEvent("usage", usage, "a TokenUsage")
-            used = None if quantity is None else checks.quantity("quantity", quantity)
-        if self.settled is None:
-            self._call = call
-        settlement = self._settlement(
-            call, usage, self._ticket.quantity if used is None else used, response=response, estimated=False
+        settlement = self._real_cost(
+            usage,
+            quantity=quantity,
+            provider=provider,
+            model=model,
+            service_tier=service_tier,
+            response=response,
+            latency_ms=latency_ms,
         )
-        try:
-            return self._book(settlement)
-        except LedgerError:
-            self._unbooked = settlement
-            raise
+        with self._remembering(settlement):
+            return self._settle(settlement)
 
     def release(self, error: object = None) -> bool:
         """Give the quota back, without billing. False where the hold was no longer open."""
-        self._keeper.remove(self._ticket)
-        call = replace(self._call, error=masked_error(error, self._secret))
-        bodies = bodies_of(self._secret, self._request, None, replayable=False)
-        was_open = self._store.release(self._ticket, call, bodies)
-        self._released = True
-        return was_open
+        return self._release(self._release_of(error))
 
     def __enter__(self) -> Hold:
         self._keeper.add(self._ticket)
@@ -121,52 +215,21 @@ class Hold:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._keeper.remove(self._ticket)
-        if self.settled is not None or self._released:
-            return
-        if error is not None and not self._cost_is_known:
-            self._release_after(error)
-            return
-        # A settle that was refused says that the work was done: the estimate is billed rather than nothing.
-        settlement = self._unbooked or self._settlement(
-            self._call, self._ticket.usage, self._ticket.quantity, response=None, estimated=True
-        )
-        try:
-            self._book(settlement)
-        except LedgerError:
-            if error is None:
-                raise
-            logger.exception("hold %s could not be settled: call settle again before it expires", self._ticket.hold_id)
-            return
-        if error is None and settlement.estimated:
-            warnings.warn(
-                f"hold {self._ticket.hold_id} on line {self._call.line!r} was not settled: its estimate was booked",
-                UnsettledHold,
-                stacklevel=2,
-            )
+        ending = self._ending(error)
+        if ending is not None:
+            with self._telling(ending, error):
+                self._release(ending) if isinstance(ending, Release) else self._settle(ending)
 
-    def _settlement(
-        self, call: Call, usage: TokenUsage | None, quantity: Decimal | None, *, response: Any, estimated: bool
-    ) -> Settlement:
-        return Settlement(
-            hold=self._ticket,
-            call=call,
-            usage=usage or TokenUsage(),
-            quantity=quantity or Decimal(0),
-            estimated=estimated,
-            bodies=bodies_of(self._secret, self._request, response, replayable=call.idempotency_key is not None),
-        )
-
-    def _book(self, settlement: Settlement) -> Settled:
+    def _settle(self, settlement: Settlement) -> Settled:
         self.settled = self._store.settle(settlement)
         self._keeper.remove(self._ticket)
         return self.settled
 
-    def _release_after(self, error: BaseException) -> None:
-        try:
-            self.release(error)
-        except LedgerError:
-            # The app's own exception matters more, and an open hold gives its quota back when its time is over.
-            logger.warning("hold %s could not be released; it expires by itself", self._ticket.hold_id, exc_info=True)
+    def _release(self, release: Release) -> bool:
+        self._keeper.remove(self._ticket)
+        was_open = self._store.release(release.hold, release.call, release.bodies)
+        self._released = True
+        return was_open
 
 
 class Keeper:

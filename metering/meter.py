@@ -5,46 +5,42 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypedDict, Unpack
 from uuid import UUID
 
 from metering import checks, corrections
 from metering.accounts import Accounts, Keys
-from metering.admission.protocol import Admission
+from metering.admission.places import QuotaPlace
 from metering.admission.sql import SqlStore
-from metering.bodies import bodies_of, hidden, kept_in_plain, masked_error, refuse_secret
+from metering.calls import Calls, SecretGiven
 from metering.clock import utc_now
 from metering.errors import InvalidEvent, InvalidSetting, UnknownKey
-from metering.events import (
-    Call,
-    CallDescription,
-    CallerType,
-    TokenUsage,
-    UsageEvent,
-    derive_event_id,
-    fingerprint_of,
-    new_event_id,
-)
+from metering.events import CallDescription, CallerType, TokenUsage
 from metering.holds import Hold, Keeper
 from metering.ledger import Ledger, plan_versions
+from metering.ledger.outbox import no_one, tell
 from metering.ledger.queries import LogEntry, UsageBy, UsageTotal, request_log_of, usage_of
 from metering.plans import parse_plans
 from metering.settings import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from datetime import datetime
+    from decimal import Decimal
     from pathlib import Path
     from types import TracebackType
 
     import sqlalchemy as sa
 
     from metering.accounts import ApiKey
-    from metering.admission.protocol import Decision, LimitStatus
+    from metering.admission.protocol import Admission, AdmissionStore, Decision, LimitStatus
     from metering.corrections import Correction
+    from metering.ledger.plan_versions import PlanVersion
+    from metering.plans import Plan
 
-__all__ = ["Meter"]
+__all__ = ["Meter", "MeterSettings", "settings_from_env"]
+
+P = ParamSpec("P")
 
 logger = logging.getLogger("metering")
 
@@ -54,12 +50,44 @@ HOLD_TTL_S = 900.0
 _meters: weakref.WeakSet[Meter] = weakref.WeakSet()
 
 
+class MeterSettings(TypedDict):
+    """The arguments of a meter that have a METERING_* setting."""
+
+    ledger_url: str
+    plans: Path | None
+    timeout_s: float
+    key_pepper: str | None
+    quota_url: str | None
+    quota_timeout_s: float
+    spool: Path
+    allow_eviction: bool
+
+
+def settings_from_env() -> MeterSettings:
+    """What the METERING_* settings say. Raises `InvalidSetting`."""
+    settings = Settings.from_env()
+    return MeterSettings(
+        ledger_url=settings.ledger_url,
+        plans=settings.plans,
+        timeout_s=settings.timeout_s,
+        key_pepper=settings.key_pepper,
+        quota_url=settings.quota_url,
+        quota_timeout_s=settings.quota_timeout_s,
+        spool=settings.spool,
+        allow_eviction=settings.allow_eviction,
+    )
+
+
 class Meter:
     """Keys, quotas and usage events of one ledger. Thread-safe, survives fork, and is a context manager.
 
     `ledger_url` is `sqlite:///FILE`; a ledger that is not there is created (unless `create` is False), with the
     plans of `plans` (a TOML file) where that exists. `clock` is the time of every decision; `actor` is who the admin
     log names.
+
+    With `quota_url` (`redis://`, `rediss://`, `redis+cluster://`) admissions are decided on Redis, each within
+    `quota_timeout_s`, and reach the ledger by `tallystick drain`; what Redis could not be told waits in the folder
+    `spool` (beside the ledger unless said). Without it they are decided in the ledger itself.
     """
 
     def __init__(
@@ -74,6 +102,10 @@ class Meter:
         actor: str = "app",
         hold_ttl_s: float = HOLD_TTL_S,
         strict_signals: bool = False,
+        quota_url: str | None = None,
+        quota_timeout_s: float = 0.25,
+        spool: Path | None = None,
+        allow_eviction: bool = False,
     ) -> None:
         self.ledger = Ledger(
             ledger_url,
@@ -81,12 +113,27 @@ class Meter:
             create=create,
             first=lambda connection: _apply_file(connection, plans, clock(), actor),
         )
-        self.accounts = Accounts(self.ledger, clock=clock, actor=actor)
-        self.keys = Keys(self.ledger, self.accounts, clock=clock, actor=actor, pepper=key_pepper)
+        self._quota_place = None
+        if quota_url is not None:
+            self._quota_place = QuotaPlace(
+                url=quota_url,
+                timeout_s=quota_timeout_s,
+                spool=spool or self.ledger.path.parent / "spool",
+                clock=None if clock is utc_now else clock,
+                allow_eviction=allow_eviction,
+            )
+        self._redis = None if self._quota_place is None else self._quota_place.open(self.ledger)
+        self._announce: Callable[[], object] = no_one if self._redis is None else self._redis.announce
+        self.accounts = Accounts(self.ledger, clock=clock, actor=actor, announce=self._announce)
+        self.keys = Keys(
+            self.ledger, self.accounts, clock=clock, actor=actor, pepper=key_pepper, announce=self._announce
+        )
         self.dropped = 0
         """Signals that `record` could not keep since this meter was made."""
         self._clock = clock
-        self._store = SqlStore(self.ledger, clock=clock)
+        self._actor = actor
+        self._store: AdmissionStore = self._redis or SqlStore(self.ledger, clock=clock)
+        self._calls = Calls(self.keys.digest, clock=clock, hold_ttl_s=hold_ttl_s)
         self._hold_ttl_s = hold_ttl_s
         self._strict_signals = strict_signals
         self._keeper = self._new_keeper()
@@ -95,15 +142,7 @@ class Meter:
     @classmethod
     def from_env(cls, *, create: bool = True, actor: str = "app") -> Meter:
         """A meter as the METERING_* settings say; with none set, one SQLite file in `.tallystick`."""
-        settings = Settings.from_env()
-        return cls(
-            settings.ledger_url,
-            plans=settings.plans,
-            timeout_s=settings.timeout_s,
-            create=create,
-            key_pepper=settings.key_pepper,
-            actor=actor,
-        )
+        return cls(**settings_from_env(), create=create, actor=actor)
 
     def authenticate(self, api_key: str) -> ApiKey:
         """The key behind a secret. Raises `UnknownKey`, `RevokedKey`."""
@@ -129,15 +168,20 @@ class Meter:
         A refusal is an answer (`decision.allowed`), not an exception. `request` and `response` are anything JSON can
         say. Raises UnknownKey, RevokedKey, IdempotencyConflict, IdempotencyInProgress, InvalidEvent, StoreUnavailable.
         """
-        with hidden(api_key):
-            call = Call(
-                line=line,
-                error=masked_error(error, _checked_secret(api_key)),
-                latency_ms=latency_ms,
-                idempotency_key=idempotency_key,
-                **described,
-            )
-            admission = self._admission(api_key, call, usage, quantity, fingerprint, request, response=response)
+        admission = self._asked(
+            self._calls.consume,
+            api_key,
+            line=line,
+            usage=usage,
+            quantity=quantity,
+            idempotency_key=idempotency_key,
+            fingerprint=fingerprint,
+            request=request,
+            response=response,
+            error=error,
+            latency_ms=latency_ms,
+            **described,
+        )
         return self._store.admit(admission)
 
     def reserve(
@@ -157,14 +201,20 @@ class Meter:
         A `with` cannot skip its body, so this raises where the call may not run: `LimitExceeded` (carries the
         decision), `Replayed` (carries the stored response), and what `consume` raises.
         """
-        with hidden(api_key):
-            call = Call(line=line, idempotency_key=idempotency_key, **described)
-            admission = self._admission(
-                _checked_secret(api_key), call, estimate, quantity, fingerprint, request, hold_ttl_s=self._hold_ttl_s
-            )
+        admission = self._asked(
+            self._calls.reserve,
+            api_key,
+            line=line,
+            estimate=estimate,
+            quantity=quantity,
+            idempotency_key=idempotency_key,
+            fingerprint=fingerprint,
+            request=request,
+            **described,
+        )
         decision = self._store.admit(admission)
         decision.raise_unless_admitted()
-        return Hold(self._store, self._keeper, decision, call, secret=api_key, request=request)
+        return Hold(self._store, self._keeper, decision, admission, secret=api_key)
 
     def record(
         self,
@@ -184,32 +234,19 @@ class Meter:
         callers are recorded, not billed.
         """
         try:
-            unexpected = described.keys() - CallDescription.__annotations__.keys()
-            if unexpected:
-                raise TypeError(f"record() got an unexpected keyword argument {min(unexpected)!r}")  # noqa: TRY301
-            event = UsageEvent(
-                event_id=(
-                    new_event_id()
-                    if idempotency_key is None
-                    else derive_event_id("signal", account, line, idempotency_key)
-                ),
-                kind="signal",
+            event = self._calls.signal(
                 account=account,
                 line=line,
-                usage=usage or TokenUsage(),
-                quantity=Decimal(0) if quantity is None else checks.quantity("quantity", quantity),
-                occurred_at=checks.instant("occurred_at", occurred_at or self._clock()),
-                caller_type=caller_type,
-                billable=caller_type == "production_agent",
+                usage=usage,
+                quantity=quantity,
+                occurred_at=occurred_at,
                 idempotency_key=idempotency_key,
+                caller_type=caller_type,
                 **described,
             )
             self._store.append([event])
-        except Exception:
-            if self._strict_signals:
-                raise
-            self.dropped += 1
-            logger.exception("a signal of account %r on line %r was dropped", account, line)
+        except Exception:  # noqa: BLE001  whatever it is, it is logged
+            self._note_drop(account, line)
             return False
         return True
 
@@ -244,6 +281,7 @@ class Meter:
             billable=billable,
             reason=checks.text("reason", reason, 255),
             now=self._clock(),
+            announce=self._announce,
         )
 
     def quota(self, account: str, *, key_id: str | None = None) -> tuple[LimitStatus, ...]:
@@ -251,8 +289,7 @@ class Meter:
 
         Raises `UnknownAccount`, and `UnknownKey` for one that is not the account's.
         """
-        if key_id is not None and key_id not in {key.key_id for key in self.keys.list(account)}:
-            raise UnknownKey(f"account {account!r} has no API key with the id {key_id!r}")
+        self._require_key(account, key_id)
         return self._store.quota(account, key_id)
 
     def usage(
@@ -289,9 +326,25 @@ class Meter:
         """Give back the quota of every hold past its time. Admissions do this for their own account anyway."""
         return self._store.expire()
 
+    def apply_plans(self, plans: Iterable[Plan], *, effective_from: datetime | None = None) -> list[PlanVersion]:
+        """Write a version of each plan that differs from the one then in force. See `plan_versions.apply`."""
+        with self.ledger.write() as connection:
+            written = plan_versions.apply(
+                connection, plans, now=self._clock(), actor=self._actor, effective_from=effective_from
+            )
+        tell(self._announce)
+        return written
+
+    def flush(self) -> None:
+        """Carry what waits in the spool, of this process and of those that are gone. Raises `StoreUnavailable`."""
+        if self._redis is not None:
+            self._redis.flush()
+
     def close(self) -> None:
-        """Close every connection."""
+        """Close every connection, after a last attempt to carry what waits in the spool."""
         self._keeper.close()
+        if self._redis is not None:
+            self._redis.close()
         self.ledger.close()
 
     def __enter__(self) -> Meter:
@@ -305,40 +358,25 @@ class Meter:
     def __repr__(self) -> str:
         return f"<Meter on {self.ledger.path}>"
 
-    def _admission(
-        self,
-        api_key: str,
-        call: Call,
-        usage: TokenUsage | None,
-        quantity: Decimal | int | None,
-        fingerprint: str | None,
-        request: Any,
-        *,
-        response: Any = None,
-        hold_ttl_s: float | None = None,
+    def _asked(
+        self, build: Callable[Concatenate[str, P], Admission], api_key: str, *args: P.args, **said: P.kwargs
     ) -> Admission:
-        if usage is not None and not isinstance(usage, TokenUsage):
-            raise InvalidEvent("usage", usage, "a TokenUsage")
         try:
-            refuse_secret(api_key, kept_in_plain(call) | {"fingerprint": fingerprint})
-        except InvalidEvent:
+            return build(api_key, *args, **said)
+        except SecretGiven as given:
             self.keys.lookup(api_key)  # a stranger's key is unknown, whatever it spells
-            raise
-        keyed = call.idempotency_key is not None
-        if fingerprint is not None:
-            checks.text("fingerprint", fingerprint, 255)
-        elif keyed:
-            fingerprint = fingerprint_of(call.line, call.operation, request)
-        return Admission(
-            key_digest=self.keys.digest(api_key),
-            event_id=new_event_id(),
-            call=call,
-            usage=usage,
-            quantity=None if quantity is None else checks.quantity("quantity", quantity),
-            fingerprint=fingerprint,
-            hold_ttl_s=hold_ttl_s,
-            bodies=bodies_of(api_key, request, response, replayable=keyed),
-        )
+            raise given.refusal from None
+
+    def _require_key(self, account: str, key_id: str | None) -> None:
+        if key_id is not None and key_id not in {key.key_id for key in self.keys.list(account)}:
+            raise UnknownKey(f"account {account!r} has no API key with the id {key_id!r}")
+
+    def _note_drop(self, account: str, line: str) -> None:
+        """Within `except`: count and log the signal that could not be kept, or raise where signals are strict."""
+        if self._strict_signals:
+            raise  # noqa: PLE0704
+        self.dropped += 1
+        logger.exception("a signal of account %r on line %r was dropped", account, line)
 
     def _new_keeper(self) -> Keeper:
         ttl_s = self._hold_ttl_s
@@ -352,12 +390,6 @@ def _given(field: str, at: datetime | None) -> datetime | None:
         return checks.instant(field, at)
     except InvalidEvent as exc:
         raise InvalidSetting(field, at, exc.expected) from None
-
-
-def _checked_secret(api_key: object) -> str:
-    if not isinstance(api_key, str) or not api_key:
-        raise InvalidEvent("api_key", type(api_key).__name__, "the key's secret, a string")
-    return api_key
 
 
 def _apply_file(connection: sa.Connection, path: Path | None, now: datetime, actor: str) -> None:

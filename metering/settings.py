@@ -29,8 +29,14 @@ class Settings:
     """METERING_WAREHOUSE: the DuckDB file."""
     plans: Path = Path("plans.toml")
     """METERING_PLANS: plans and rates. Not set and no `plans.toml` in the working folder: the four default plans."""
+    quota_url: str | None = None
+    """METERING_QUOTA_URL: `redis://`, `rediss://` or `redis+cluster://` puts admissions on Redis."""
     timeout_s: float = 5.0
-    """METERING_TIMEOUT_MS: how long an admission may wait for its store, in milliseconds."""
+    """METERING_TIMEOUT_MS: how long an admission may wait for the ledger, in milliseconds."""
+    quota_timeout_s: float = 0.25
+    """METERING_TIMEOUT_MS: how long an admission may wait for Redis, where quotas are there."""
+    allow_eviction: bool = False
+    """METERING_ALLOW_EVICTION: 1 accepts a Redis that may throw counters away when its memory is full."""
     key_pepper: str | None = None
     """METERING_KEY_PEPPER: a secret mixed into the digests of API keys. Changing it makes every key unknown."""
 
@@ -42,6 +48,11 @@ class Settings:
         """The folder of generated reports."""
         return self.home / "out"
 
+    @property
+    def spool(self) -> Path:
+        """The folder of what could not be told to its store yet."""
+        return self.home / "spool"
+
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
         """Read the environment, and `.env` for what it does not set. Raises `InvalidSetting`."""
@@ -52,10 +63,11 @@ class Settings:
                 raise InvalidSetting("settings", ".env", f"a readable file in UTF-8 ({exc})") from exc
             environ = {**in_file, **os.environ}
         home = Path(environ.get("METERING_HOME") or ".tallystick")
-        if environ.get("METERING_QUOTA_URL"):
-            raise InvalidSetting(
-                "METERING_QUOTA_URL", "a URL", "nothing: this version decides admissions in the ledger, not on Redis"
-            )
+        quota_url = environ.get("METERING_QUOTA_URL") or None
+        timeout_ms = _milliseconds("METERING_TIMEOUT_MS", environ.get("METERING_TIMEOUT_MS") or None)
+        allow_eviction = environ.get("METERING_ALLOW_EVICTION") or "0"
+        if allow_eviction not in ("0", "1"):
+            raise InvalidSetting("METERING_ALLOW_EVICTION", allow_eviction, "0 or 1")
         plans = environ.get("METERING_PLANS")
         if plans and not Path(plans).is_file():
             raise InvalidSetting("METERING_PLANS", plans, "a file that is there")
@@ -64,12 +76,17 @@ class Settings:
             ledger_url=environ.get("METERING_LEDGER_URL") or f"sqlite:///{home / 'ledger.db'}",
             warehouse=Path(environ.get("METERING_WAREHOUSE") or home / "warehouse.duckdb"),
             plans=Path(plans or "plans.toml"),
-            timeout_s=_milliseconds("METERING_TIMEOUT_MS", environ.get("METERING_TIMEOUT_MS") or "5000") / 1000,
+            quota_url=quota_url,
+            timeout_s=5.0 if quota_url is not None or timeout_ms is None else timeout_ms / 1000,
+            quota_timeout_s=0.25 if timeout_ms is None else timeout_ms / 1000,
+            allow_eviction=allow_eviction == "1",
             key_pepper=environ.get("METERING_KEY_PEPPER") or None,
         )
 
 
-def _milliseconds(name: str, value: str) -> int:
+def _milliseconds(name: str, value: str | None) -> int | None:
+    if value is None:
+        return None
     if not value.isascii() or not value.isdigit() or not 1 <= int(value) <= 600_000:
         raise InvalidSetting(name, value, "milliseconds, 1 to 600000")
     return int(value)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import tempfile
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from metering.aio import AsyncMeter
 from metering.clock import utc_now
 from metering.meter import Meter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
     from datetime import datetime
 
-__all__ = ["temporary_meter"]
+__all__ = ["temporary_async_meter", "temporary_meter"]
 
 
 @contextmanager
@@ -24,9 +25,27 @@ def temporary_meter(plans: str | None = None, *, clock: Callable[[], datetime] =
     `plans` is the text of a plans.toml; without it there are the built-in plans. `clock` is the time of every decision,
     so a test may set it. Raises `InvalidPlan`.
     """
+    with (
+        _place(plans) as (url, path),
+        Meter(url, plans=path, clock=clock, strict_signals=True) as meter,
+    ):
+        yield meter
+
+
+@asynccontextmanager
+async def temporary_async_meter(
+    plans: str | None = None, *, clock: Callable[[], datetime] = utc_now
+) -> AsyncIterator[AsyncMeter]:
+    """As `temporary_meter`, for `async with temporary_async_meter() as meter:`."""
+    with _place(plans) as (url, path):
+        async with AsyncMeter(url, plans=path, clock=clock, strict_signals=True) as meter:
+            yield meter
+
+
+@contextmanager
+def _place(plans: str | None) -> Iterator[tuple[str, Path]]:
     with tempfile.TemporaryDirectory(prefix="tallystick-") as folder:
         path = Path(folder, "plans.toml")
         if plans is not None:
             path.write_text(plans, encoding="utf-8")
-        with Meter(f"sqlite:///{folder}/ledger.db", plans=path, clock=clock, strict_signals=True) as meter:
-            yield meter
+        yield f"sqlite:///{folder}/ledger.db", path

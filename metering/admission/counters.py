@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 from decimal import Decimal
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from metering.admission.decide import Counter, RateCounter
-from metering.admission.statements import statements
+from metering.admission.statements import by_position, statements
 from metering.billing.money import EXACT
 from metering.events import METRICS, TOKEN_FIELDS, TokenUsage, metric_amounts
 from metering.ledger.types import decimal_text, instant_text, parse_instant
@@ -25,10 +26,13 @@ if TYPE_CHECKING:
 __all__ = ["NOTHING", "Counters", "Units", "dump_units", "load_units", "units_of"]
 
 _SQL = statements("sqlite")
+_PUT_COUNTER, _ = by_position(_SQL["put_counter"])
 
 KEPT_AFTER_END = timedelta(days=2)
 """How long a counter stays after its window: a hold settles into the window it was made in."""
 
+MOST_REMEMBERED = 10_000
+"""Counters whose names are kept as they lie in the ledger."""
 
 Units = dict[str, int | Decimal]
 """What a call takes from counters, by metric."""
@@ -54,6 +58,19 @@ def load_units(text: str) -> Units:
     return NOTHING | {metric: Decimal(amount) for metric, amount in msgspec.json.decode(text).items()}
 
 
+@lru_cache(maxsize=MOST_REMEMBERED)
+def _counter(metric: str, line: str, key_id: str, window_start: str, window_end: str) -> Counter:
+    """The counter of a row of `find_counters`."""
+    return Counter(metric, line, key_id, Window(start=parse_instant(window_start), end=parse_instant(window_end)))
+
+
+@lru_cache(maxsize=MOST_REMEMBERED)
+def _names(counter: Counter) -> tuple[str, str, str, str, str]:
+    """The primary key of a counter's row, after the account."""
+    window = counter.window
+    return instant_text(window.start), instant_text(window.end), counter.metric, counter.line, counter.key_id
+
+
 class Counters:
     """Reads and moves the counters that one call touches: those of its account, line and key at one moment.
 
@@ -67,10 +84,7 @@ class Counters:
         self._recounted = False
         self._arrivals: dict[RateCounter, Decimal] | None = None
         self._used: dict[Counter, Decimal] = {
-            Counter(metric, row_line, row_key, Window(start=parse_instant(start), end=parse_instant(end))): Decimal(
-                used
-            )
-            for metric, row_line, row_key, start, end, used in cursor.execute(_SQL["find_counters"], self._scope)
+            _counter(*names): Decimal(used) for *names, used in cursor.execute(_SQL["find_counters"], self._scope)
         }
 
     def used(self, counter: Counter) -> Decimal:
@@ -102,18 +116,7 @@ class Counters:
         """Add `given` and take `taken` back, on every counter this call touches, whatever plan it is of."""
         for counter, used in self._used.items():
             self._used[counter] = moved = used + given[counter.metric] - taken[counter.metric]
-            self._cursor.execute(
-                _SQL["put_counter"],
-                {
-                    "account": self._scope["account"],
-                    "window_start": instant_text(counter.window.start),
-                    "window_end": instant_text(counter.window.end),
-                    "metric": counter.metric,
-                    "line": counter.line,
-                    "key_id": counter.key_id,
-                    "used": decimal_text(moved),
-                },
-            )
+            self._cursor.execute(_PUT_COUNTER, (self._scope["account"], *_names(counter), decimal_text(moved)))
         if self._recounted:
             before = instant_text(self._at - KEPT_AFTER_END)
             self._cursor.execute(_SQL["drop_counters"], {"account": self._scope["account"], "before": before})

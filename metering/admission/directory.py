@@ -22,11 +22,14 @@ if TYPE_CHECKING:
 
     from metering.events import Call
 
-__all__ = ["Directory", "Placement"]
+__all__ = ["CurrentDirectory", "Directory", "Placement"]
 
 _SQL = statements("sqlite")
 
 LAST_USED_PRECISION = timedelta(minutes=1)
+
+MOST_REMEMBERED = 10_000
+"""Keys and accounts, together."""
 
 
 class Placement(NamedTuple):
@@ -39,6 +42,14 @@ class Placement(NamedTuple):
     """The month the period starts in, such as `2023-11`."""
 
 
+class _Key(NamedTuple):
+    key_id: str
+    account: str
+    expires_at: datetime | None
+    revoked_at: datetime | None
+    last_used_at: datetime | None
+
+
 class Directory:
     """Keys, accounts and plans as the ledger has them. Plan versions never change, so each is read once."""
 
@@ -47,15 +58,13 @@ class Directory:
 
     def authenticate(self, cursor: sqlite3.Cursor, digest: str, now: datetime) -> tuple[str, str]:
         """Account and key id behind a key's digest; notes when the key was used. Raises UnknownKey, RevokedKey."""
-        found = cursor.execute(_SQL["authenticate"], {"digest": digest}).fetchone()
-        if found is None:
-            raise UnknownKey
-        key_id, account, expires_at, revoked_at, last_used_at = found
-        if revoked_at is not None or (expires_at is not None and parse_instant(expires_at) <= now):
-            raise RevokedKey(key_id, account)
-        if last_used_at is None or parse_instant(last_used_at) + LAST_USED_PRECISION <= now:
-            cursor.execute(_SQL["touch_key"], {"key_id": key_id, "now": instant_text(now)})
-        return account, key_id
+        key = self._key(cursor, digest)
+        if key.revoked_at is not None or (key.expires_at is not None and key.expires_at <= now):
+            raise RevokedKey(key.key_id, key.account)
+        if key.last_used_at is None or key.last_used_at + LAST_USED_PRECISION <= now:
+            cursor.execute(_SQL["touch_key"], {"key_id": key.key_id, "now": instant_text(now)})
+            self._forget(digest)
+        return key.account, key.key_id
 
     def place(self, cursor: sqlite3.Cursor, account: str, at: datetime) -> Placement:
         """Plan version and billing period of an account at a moment. Raises `UnknownAccount`."""
@@ -75,8 +84,69 @@ class Directory:
             name, rate = missing
             raise InvalidEvent(name, None, f"the {name}: the plan prices this usage by it ({rate})")
 
+    def _key(self, cursor: sqlite3.Cursor, digest: str) -> _Key:
+        found = cursor.execute(_SQL["authenticate"], {"digest": digest}).fetchone()
+        if found is None:
+            raise UnknownKey
+        key_id, account, *times = found
+        return _Key(key_id, account, *(None if time is None else parse_instant(time) for time in times))
+
+    def _forget(self, digest: str) -> None:
+        """What was read of a key is no longer so."""
+
     def _plan(self, cursor: sqlite3.Cursor, plan_version: int) -> Plan:
         if plan_version not in self._plans:
             name, document = cursor.execute(_SQL["find_plan_version"], {"plan_version": plan_version}).fetchone()
             self._plans[plan_version] = Plan.from_dict(name, msgspec.json.decode(document))
         return self._plans[plan_version]
+
+
+class CurrentDirectory(Directory):
+    """The directory of the ledger's writer, one transaction after the other on its one connection.
+
+    The writer itself changes no account, plan or key but for `last_used_at`, so what was read stays true until another
+    connection, of this process or another, has committed anything. SQLite tells.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._cursor: sqlite3.Cursor | None = None
+        self._version: int | None = None
+        self._keys: dict[str, _Key] = {}
+        self._places: dict[str, tuple[datetime, datetime, Placement]] = {}
+
+    def authenticate(self, cursor: sqlite3.Cursor, digest: str, now: datetime) -> tuple[str, str]:
+        """See `Directory.authenticate`. Comes first in every transaction: what is no longer true is forgotten here."""
+        if cursor is not self._cursor:
+            self._begin(cursor)
+        return super().authenticate(cursor, digest, now)
+
+    def place(self, cursor: sqlite3.Cursor, account: str, at: datetime) -> Placement:
+        """See `Directory.place`."""
+        known = self._places.get(account)
+        if known is not None and known[0] <= at < known[1]:
+            return known[2]
+        placed = super().place(cursor, account, at)
+        scope = {"account": account, "plan": placed.plan.name, "at": instant_text(at)}
+        since, until = cursor.execute(_SQL["find_plan_changes"], scope).fetchone()
+        start = max(parse_instant(since), placed.period.start)
+        end = placed.period.end if until is None else min(parse_instant(until), placed.period.end)
+        self._places[account] = start, end, placed
+        return placed
+
+    def _begin(self, cursor: sqlite3.Cursor) -> None:
+        (version,) = cursor.execute(_SQL["find_changes_by_others"]).fetchone()
+        is_known = self._cursor is not None and self._cursor.connection is cursor.connection
+        if not is_known or version != self._version or len(self._keys) + len(self._places) > MOST_REMEMBERED:
+            self._keys.clear()
+            self._places.clear()
+        self._cursor, self._version = cursor, version
+
+    def _key(self, cursor: sqlite3.Cursor, digest: str) -> _Key:
+        key = self._keys.get(digest)
+        if key is None:
+            key = self._keys[digest] = super()._key(cursor, digest)
+        return key
+
+    def _forget(self, digest: str) -> None:
+        del self._keys[digest]

@@ -10,6 +10,7 @@ A store decides one admission in one atomic step, with no other writer in betwee
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from metering.errors import LimitExceeded, Replayed
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable
     from datetime import datetime
     from uuid import UUID
 
@@ -28,12 +29,14 @@ __all__ = [
     "Admission",
     "AdmissionStore",
     "Appended",
+    "AsyncAdmissionStore",
     "Bodies",
     "Decision",
     "HoldTicket",
     "LimitStatus",
     "Settled",
     "Settlement",
+    "Standing",
 ]
 
 
@@ -96,6 +99,36 @@ class LimitStatus:
         return over if over > 0 else 0
 
 
+class Standing(Sequence[LimitStatus]):
+    """Where limits stand, weighed when somebody first looks."""
+
+    __slots__ = ("_statuses", "_weigh")
+
+    def __init__(self, weigh: Callable[[], Sequence[LimitStatus]]) -> None:
+        self._weigh = weigh
+        self._statuses: Sequence[LimitStatus] | None = None
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._weighed()[place]
+
+    def __len__(self) -> int:
+        return len(self._weighed())
+
+    def __eq__(self, other: object) -> bool:
+        return tuple(self) == (tuple(other) if isinstance(other, Standing) else other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
+    def _weighed(self) -> Sequence[LimitStatus]:
+        if self._statuses is None:
+            self._statuses = tuple(self._weigh())
+        return self._statuses
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
     """The answer to one call."""
@@ -106,7 +139,7 @@ class Decision:
     plan: str
     plan_version: int
     key_id: str
-    limits: tuple[LimitStatus, ...] = ()
+    limits: Sequence[LimitStatus] = ()
     refused_by: LimitStatus | None = None
     """The refusing limit that takes longest to fit again."""
     replayed: bool = False
@@ -187,6 +220,8 @@ class Settled:
     """The hold was gone: expired, released, or forgotten by the store."""
     repeated: bool = False
     """The same settle was made before; this one changed nothing."""
+    pending: bool = False
+    """The store was away: it is told later, and `billable` and `late` are what is expected of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,3 +258,33 @@ class AdmissionStore(Protocol):
 
     def quota(self, account: str, key_id: str | None = None, now: datetime | None = None) -> tuple[LimitStatus, ...]:
         """Where each limit of the account stands; those per key only with `key_id`. Raises UnknownAccount."""
+
+
+class AsyncAdmissionStore(Protocol):
+    """The same promises, awaited: none of these blocks the event loop.
+
+    A call that is cancelled is made in full or not at all. Any event loop may use the store.
+    """
+
+    async def admit(self, admission: Admission, now: datetime | None = None) -> Decision:
+        """See `AdmissionStore.admit`."""
+
+    async def settle(self, settlement: Settlement, now: datetime | None = None) -> Settled:
+        """See `AdmissionStore.settle`."""
+
+    async def release(self, hold: HoldTicket, call: Call, bodies: Bodies, now: datetime | None = None) -> bool:
+        """See `AdmissionStore.release`."""
+
+    async def renew(self, hold: HoldTicket, ttl_s: float, now: datetime | None = None) -> bool:
+        """See `AdmissionStore.renew`."""
+
+    async def expire(self, now: datetime | None = None) -> int:
+        """See `AdmissionStore.expire`."""
+
+    async def append(self, events: Sequence[UsageEvent], now: datetime | None = None) -> Appended:
+        """See `AdmissionStore.append`."""
+
+    async def quota(
+        self, account: str, key_id: str | None = None, now: datetime | None = None
+    ) -> tuple[LimitStatus, ...]:
+        """See `AdmissionStore.quota`."""

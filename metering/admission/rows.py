@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from decimal import Decimal
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from metering.events import TOKEN_FIELDS, TokenUsage, encode_attributes
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["event_row", "log_row"]
 
 _NO_TOKENS = TokenUsage()
+_counts_of = attrgetter(*TOKEN_FIELDS)
 
 
 def event_row(
@@ -44,8 +46,10 @@ def event_row(
     source: str | None = None,
 ) -> dict[str, Any]:
     """A row of `events`. A reversal (`requests` -1) holds its numbers negated."""
-    used = usage or _NO_TOKENS
-    row: dict[str, Any] = {name: getattr(used, name) * requests for name in TOKEN_FIELDS}
+    counts = _counts_of(usage or _NO_TOKENS)
+    row: dict[str, Any] = dict(zip(TOKEN_FIELDS, counts, strict=True))
+    if requests != 1:
+        row = {name: count * requests for name, count in row.items()}
     row.update(
         event_id=event_id.hex,
         kind=kind,

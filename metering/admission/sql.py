@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sqlite3
-from dataclasses import replace
 from datetime import datetime, timedelta
 from decimal import localcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 
@@ -17,11 +17,11 @@ from metering.admission.decide import (
     refusing,
     weigh,
 )
-from metering.admission.directory import Directory
+from metering.admission.directory import CurrentDirectory, Directory
 from metering.admission.holding import KeptHold, give_back, keep_hold, move_rates, settlement_digest
 from metering.admission.protocol import Appended, Decision, HoldTicket, LimitStatus, Settled
 from metering.admission.rows import event_row, log_row
-from metering.admission.statements import statements
+from metering.admission.statements import by_position, statements
 from metering.billing.money import EXACT
 from metering.clock import utc_now
 from metering.errors import IdempotencyConflict, IdempotencyInProgress, InvalidEvent, SettleConflict
@@ -35,10 +35,12 @@ if TYPE_CHECKING:
     from metering.admission.protocol import Admission, Bodies, Settlement
     from metering.events import Call, UsageEvent
     from metering.ledger import Ledger
+    from metering.ledger.writer import Work
 
-__all__ = ["SqlStore"]
+__all__ = ["SqlStore", "SqlWorks"]
 
 _SQL = statements("sqlite")
+_INSERT_EVENT, _values_of = by_position(_SQL["insert_event"])
 
 MAX_BATCH = 10_000
 EXPIRED_PER_ADMISSION = 16
@@ -53,49 +55,34 @@ class SqlStore:
         self._ledger = ledger
         self._clock = clock
         self._directory = Directory()
+        self._works = SqlWorks(self._directory, clock)
 
     def admit(self, admission: Admission, now: datetime | None = None) -> Decision:
         """See `AdmissionStore.admit`."""
-        return self._ledger.writer.run(lambda cursor: self._admit(cursor, admission, now or self._clock()))
+        return self._ledger.writer.run(self._works.admit(admission, now))
 
     def settle(self, settlement: Settlement, now: datetime | None = None) -> Settled:
         """See `AdmissionStore.settle`."""
-        return self._ledger.writer.run(lambda cursor: self._settle(cursor, settlement, now or self._clock()))
+        return self._ledger.writer.run(self._works.settle(settlement, now))
 
     def release(self, hold: HoldTicket, call: Call, bodies: Bodies, now: datetime | None = None) -> bool:
         """See `AdmissionStore.release`."""
-        return self._ledger.writer.run(lambda cursor: self._release(cursor, hold, call, bodies, now or self._clock()))
+        return self._ledger.writer.run(self._works.release(hold, call, bodies, now))
 
     def renew(self, hold: HoldTicket, ttl_s: float, now: datetime | None = None) -> bool:
         """See `AdmissionStore.renew`."""
-
-        def work(cursor: sqlite3.Cursor) -> bool:
-            expires_at = instant_text((now or self._clock()) + timedelta(seconds=ttl_s))
-            cursor.execute(_SQL["renew_hold"], {"hold_id": hold.hold_id.hex, "expires_at": expires_at})
-            return cursor.rowcount == 1
-
-        return self._ledger.writer.run(work)
+        return self._ledger.writer.run(self._works.renew(hold, ttl_s, now))
 
     def expire(self, now: datetime | None = None) -> int:
         """See `AdmissionStore.expire`. Works in batches, so that admissions get their turn in between."""
-
-        def work(cursor: sqlite3.Cursor) -> int:
-            at = instant_text(now or self._clock())
-            found = cursor.execute(_SQL["find_expired_holds"], {"now": at, "most": EXPIRED_PER_SWEEP}).fetchall()
-            for row in found:
-                give_back(cursor, KeptHold(*row), "expired", parse_instant(at))
-            return len(found)
-
         total = 0
-        while expired := self._ledger.writer.run(work):
+        while expired := self._ledger.writer.run(self._works.expire_batch(now)):
             total += expired
         return total
 
     def append(self, events: Sequence[UsageEvent], now: datetime | None = None) -> Appended:
         """See `AdmissionStore.append`."""
-        if len(events) > MAX_BATCH:
-            raise InvalidEvent("events", len(events), f"at most {MAX_BATCH} in one batch")
-        return self._ledger.writer.run(lambda cursor: self._append(cursor, events, now or self._clock()))
+        return self._ledger.writer.run(self._works.append(events, now))
 
     def quota(self, account: str, key_id: str | None = None, now: datetime | None = None) -> tuple[LimitStatus, ...]:
         """See `AdmissionStore.quota`."""
@@ -116,31 +103,68 @@ class SqlStore:
             except sqlite3.Error as exc:
                 raise translated(exc, self._ledger.path) from exc
 
+
+class SqlWorks:
+    """Each verb as a work for the ledger's writer, which runs it in a transaction: now, or with others."""
+
+    def __init__(self, directory: Directory, clock: Callable[[], datetime]) -> None:
+        self._directory = directory
+        self._current = CurrentDirectory()
+        self._clock = clock
+
+    def admit(self, admission: Admission, now: datetime | None) -> Work[Decision]:
+        """Decides one call."""
+        return lambda cursor: self._admit(cursor, admission, now or self._clock())
+
+    def settle(self, settlement: Settlement, now: datetime | None) -> Work[Settled]:
+        """Bills a hold's real cost."""
+        return lambda cursor: self._settle(cursor, settlement, now or self._clock())
+
+    def release(self, hold: HoldTicket, call: Call, bodies: Bodies, now: datetime | None) -> Work[bool]:
+        """Gives a hold back."""
+        return lambda cursor: self._release(cursor, hold, call, bodies, now or self._clock())
+
+    def renew(self, hold: HoldTicket, ttl_s: float, now: datetime | None) -> Work[bool]:
+        """Prolongs a hold."""
+        return lambda cursor: self._renew(cursor, hold, ttl_s, now or self._clock())
+
+    def expire_batch(self, now: datetime | None) -> Work[int]:
+        """Gives back up to EXPIRED_PER_SWEEP holds that are past their time; how many."""
+        return lambda cursor: self._expire_batch(cursor, now or self._clock())
+
+    def append(self, events: Sequence[UsageEvent], now: datetime | None) -> Work[Appended]:
+        """Records facts that ask no limits. Raises `InvalidEvent` for too many at once."""
+        if len(events) > MAX_BATCH:
+            raise InvalidEvent("events", len(events), f"at most {MAX_BATCH} in one batch")
+        return lambda cursor: self._append(cursor, events, now or self._clock())
+
     def _admit(self, cursor: sqlite3.Cursor, admission: Admission, now: datetime) -> Decision:
-        account, key_id = self._directory.authenticate(cursor, admission.key_digest, now)
+        account, key_id = self._current.authenticate(cursor, admission.key_digest, now)
         self._expire_some(cursor, account, now)
-        placed = self._directory.place(cursor, account, now)
+        placed = self._current.place(cursor, account, now)
         call = admission.call
         keyed = call.idempotency_key is not None
         event_id = admission.event_id
         if call.idempotency_key is not None:
             event_id = derive_event_id("usage", account, call.line, call.idempotency_key)
-        base = Decision(
-            allowed=True,
+        decided = partial(
+            Decision,
             event_id=event_id,
             account=account,
             plan=placed.plan.name,
             plan_version=placed.plan_version,
             key_id=key_id,
         )
-        replay = self._replay(cursor, admission, base, now)
+        # An id that was minted for this call is known only where the call was sent twice: looked up last, and seldom.
+        is_minted = not keyed and admission.hold_ttl_s is None
+        replay = None if is_minted else self._replay(cursor, admission, event_id, decided, now)
         if replay is not None:
             return replay
 
         counters = Counters(cursor, account=account, line=call.line, key_id=key_id, at=now)
         units = units_of(admission.usage, admission.quantity)
         if admission.hold_ttl_s is None:
-            self._directory.require_names(cursor, placed.plan_version, call, units)
+            self._current.require_names(cursor, placed.plan_version, call, units)
         verdict = weigh(
             asked_of(
                 placed.plan.limits,
@@ -156,8 +180,12 @@ class SqlStore:
             used=counters.used,
             arrival=counters.arrival,
         )
+        if is_minted and (verdict.refused or not _claim_id(cursor, event_id, placed.label, admission.fingerprint)):
+            replay = self._replay(cursor, admission, event_id, decided, now)
+            if replay is not None:
+                return replay
         if verdict.refused:
-            return replace(base, allowed=False, limits=verdict.statuses, refused_by=refusing(verdict.refused))
+            return decided(allowed=False, limits=verdict.statuses, refused_by=refusing(verdict.refused))
 
         counters.move(units)
         for rate, arrival in verdict.arrivals.items():
@@ -179,10 +207,8 @@ class SqlStore:
             )
             keep_hold(cursor, hold, call, units, verdict.arrivals)
         else:
-            cursor.execute(
-                _SQL["insert_event_id"],
-                {"event_id": event_id.hex, "period": placed.label, "fingerprint": admission.fingerprint},
-            )
+            if not is_minted:
+                _claim_id(cursor, event_id, placed.label, admission.fingerprint)
             row = event_row(
                 call,
                 event_id=event_id,
@@ -197,25 +223,32 @@ class SqlStore:
                 counted=True,
                 fingerprint=admission.fingerprint,
             )
-            cursor.execute(_SQL["insert_event"], row)
+            cursor.execute(_INSERT_EVENT, _values_of(row))
             _keep_bodies(cursor, row, call, admission.bodies, now, replayable=keyed)
-        return replace(base, limits=verdict.statuses, hold=hold)
+        return decided(allowed=True, limits=verdict.statuses, hold=hold)
 
-    def _replay(self, cursor: sqlite3.Cursor, admission: Admission, base: Decision, now: datetime) -> Decision | None:
+    def _replay(
+        self,
+        cursor: sqlite3.Cursor,
+        admission: Admission,
+        event_id: UUID,
+        decided: Callable[..., Decision],
+        now: datetime,
+    ) -> Decision | None:
         call = admission.call
-        known = cursor.execute(_SQL["find_event_id"], {"event_id": base.event_id.hex}).fetchone()
+        known = cursor.execute(_SQL["find_event_id"], {"event_id": event_id.hex}).fetchone()
         if known is not None:
             fingerprint, response, stored_at = known
             if fingerprint != admission.fingerprint:
                 raise IdempotencyConflict(call.line, call.idempotency_key)
             kept = response is not None and parse_instant(stored_at) + REPLAY_KEPT > now
-            return replace(
-                base,
+            return decided(
+                allowed=True,
                 replayed=True,
                 response=msgspec.json.decode(response) if kept else None,
                 response_expired=not kept,
             )
-        row = cursor.execute(_SQL["find_hold_in_flight"], {"event_id": base.event_id.hex}).fetchone()
+        row = cursor.execute(_SQL["find_hold_in_flight"], {"event_id": event_id.hex}).fetchone()
         if row is None:
             return None
         hold = KeptHold(*row)
@@ -246,9 +279,9 @@ class SqlStore:
             self._directory.require_names(cursor, hold.plan_version, call, given)
         late = state != "open"
         event_id, billable = hold.event_id, True
-        if not _claim_id(cursor, event_id, hold):
+        if not _claim_id(cursor, event_id, hold.period, hold.fingerprint):
             event_id, billable = derive_event_id("attempt", hold.hold_id.hex), False
-            if not _claim_id(cursor, event_id, hold):
+            if not _claim_id(cursor, event_id, hold.period, hold.fingerprint):
                 return Settled(event_id=event_id, billable=False, late=late, repeated=True)
         taken = NOTHING if late else units_of(hold.usage, hold.quantity)
         counters = Counters(cursor, account=hold.account, line=call.line, key_id=hold.key_id, at=hold.admitted_at)
@@ -271,7 +304,7 @@ class SqlStore:
             late=late,
             fingerprint=hold.fingerprint,
         )
-        cursor.execute(_SQL["insert_event"], row)
+        cursor.execute(_INSERT_EVENT, _values_of(row))
         replayable = billable and call.idempotency_key is not None
         _keep_bodies(cursor, row, call, settlement.bodies, now, replayable=replayable, hold_id=hold.hold_id)
         cursor.execute(
@@ -297,6 +330,18 @@ class SqlStore:
         scope = {"account": account, "now": instant_text(now), "most": EXPIRED_PER_ADMISSION}
         for row in cursor.execute(_SQL["find_expired_holds_of_account"], scope).fetchall():
             give_back(cursor, KeptHold(*row), "expired", now)
+
+    def _renew(self, cursor: sqlite3.Cursor, hold: HoldTicket, ttl_s: float, now: datetime) -> bool:
+        expires_at = instant_text(now + timedelta(seconds=ttl_s))
+        cursor.execute(_SQL["renew_hold"], {"hold_id": hold.hold_id.hex, "expires_at": expires_at})
+        return cursor.rowcount == 1
+
+    def _expire_batch(self, cursor: sqlite3.Cursor, now: datetime) -> int:
+        scope = {"now": instant_text(now), "most": EXPIRED_PER_SWEEP}
+        found = cursor.execute(_SQL["find_expired_holds"], scope).fetchall()
+        for row in found:
+            give_back(cursor, KeptHold(*row), "expired", now)
+        return len(found)
 
     def _append(self, cursor: sqlite3.Cursor, events: Sequence[UsageEvent], now: datetime) -> Appended:
         ids = msgspec.json.encode([event.event_id.hex for event in events]).decode()
@@ -338,7 +383,7 @@ class SqlStore:
                 )
             )
         cursor.executemany(_SQL["insert_event_id"], id_rows)
-        cursor.executemany(_SQL["insert_event"], rows)
+        cursor.executemany(_INSERT_EVENT, map(_values_of, rows))
         return Appended(
             inserted=len(rows),
             known=len(events) - len(rows) - len(conflicting),
@@ -346,11 +391,9 @@ class SqlStore:
         )
 
 
-def _claim_id(cursor: sqlite3.Cursor, event_id: UUID, hold: HoldTicket) -> bool:
+def _claim_id(cursor: sqlite3.Cursor, event_id: UUID, period: str, fingerprint: str | None) -> bool:
     """Whether this fact is the first of its id."""
-    cursor.execute(
-        _SQL["insert_event_id"], {"event_id": event_id.hex, "period": hold.period, "fingerprint": hold.fingerprint}
-    )
+    cursor.execute(_SQL["insert_event_id"], {"event_id": event_id.hex, "period": period, "fingerprint": fingerprint})
     return cursor.rowcount == 1
 
 

@@ -17,6 +17,16 @@ WHERE a.account = :account AND v.effective_from <= :at
 ORDER BY v.effective_from DESC, v.version DESC
 LIMIT 1
 
+-- name: find_plan_changes
+SELECT max(effective_from) FILTER (WHERE effective_from <= :at), min(effective_from) FILTER (WHERE effective_from > :at)
+FROM (
+    SELECT effective_from FROM account_plans WHERE account = :account
+    UNION ALL SELECT effective_from FROM plan_versions WHERE plan = :plan
+)
+
+-- name: find_changes_by_others
+PRAGMA data_version
+
 -- name: touch_key
 UPDATE api_keys SET last_used_at = :now WHERE key_id = :key_id
 
@@ -152,3 +162,70 @@ SELECT * FROM events WHERE event_id = :event_id
 
 -- name: find_plan_version
 SELECT plan, document FROM plan_versions WHERE plan_version = :plan_version
+
+-- name: insert_outbox
+INSERT INTO outbox (account, recount, created_at) VALUES (:account, :recount, :created_at)
+
+-- name: find_version
+SELECT max(
+    coalesce((SELECT seq FROM outbox WHERE account = :account ORDER BY seq DESC LIMIT 1), 0),
+    coalesce((SELECT seq FROM outbox WHERE account IS NULL ORDER BY seq DESC LIMIT 1), 0)
+)
+
+-- name: insert_streamed_id
+INSERT INTO event_ids (event_id, period, fingerprint, position) VALUES (:event_id, :period, :fingerprint, :position)
+ON CONFLICT (event_id) DO NOTHING
+
+-- name: find_shard
+SELECT epoch, seq, lost FROM shards WHERE shard = :shard
+
+-- name: put_shard
+INSERT INTO shards (shard, epoch, seq, lost, drained_at) VALUES (:shard, :epoch, :seq, :lost, :drained_at)
+ON CONFLICT (shard) DO UPDATE
+SET epoch = excluded.epoch, seq = excluded.seq, lost = excluded.lost, drained_at = excluded.drained_at
+
+-- name: find_handled
+SELECT position, 'dead' AS became FROM dead_letters WHERE position IN (SELECT value FROM json_each(:positions))
+UNION ALL
+SELECT position, 'reused'
+FROM key_reuses WHERE position IN (SELECT value FROM json_each(:positions))
+
+-- name: insert_dead_letter
+INSERT INTO dead_letters (position, shard, noticed_at, error, header, body, account, period)
+VALUES (:position, :shard, :noticed_at, :error, :header, :body, :account, :period)
+
+-- name: resolve_dead_event
+UPDATE dead_letters SET resolved_at = :now
+WHERE shard = :shard AND resolved_at IS NULL AND instr(header, CAST(:event_id AS BLOB)) > 0
+
+-- name: insert_key_reuse
+INSERT INTO key_reuses (position, account, event_id, billed_as, noticed_at)
+VALUES (:position, :account, :event_id, :billed_as, :noticed_at)
+
+-- name: find_key_reuses
+SELECT billed_as FROM key_reuses WHERE event_id = :event_id AND billed_as IS NOT NULL
+
+-- name: find_billable_to
+SELECT
+    EXISTS (SELECT 1 FROM accounts WHERE account = :account),
+    EXISTS (SELECT 1 FROM plan_versions WHERE plan_version = :plan_version)
+
+-- name: note_key_used
+UPDATE api_keys SET last_used_at = :at WHERE key_id = :key_id AND (last_used_at IS NULL OR last_used_at < :at)
+
+-- name: forget_counters
+DELETE FROM counters WHERE account = :account
+
+-- name: find_position
+SELECT position, fingerprint FROM event_ids WHERE event_id = :event_id
+
+-- name: insert_log_once
+INSERT INTO request_log (
+    event_id, hold_id, account, key_id, line, operation, logged_at, request, response, error, latency_ms
+)
+SELECT
+    :event_id, :hold_id, :account, :key_id, :line, :operation, :logged_at, :request, :response, :error, :latency_ms
+WHERE NOT EXISTS (
+    SELECT 1 FROM request_log
+    WHERE account = :account AND logged_at = :logged_at AND event_id IS :event_id AND hold_id IS :hold_id
+)

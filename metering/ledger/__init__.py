@@ -26,7 +26,7 @@ __all__ = ["SCHEMA", "Ledger"]
 
 logger = logging.getLogger("metering")
 
-SCHEMA = "0001"
+SCHEMA = "0002"
 """The newest migration this code knows. Revisions are ordered numbers, so an unknown larger one is a newer ledger."""
 
 _SQLITE = "sqlite:///"

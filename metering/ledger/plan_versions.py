@@ -10,7 +10,7 @@ import msgspec
 import sqlalchemy as sa
 
 from metering.errors import Conflict, UnknownPlan
-from metering.ledger import admin_log
+from metering.ledger import admin_log, outbox
 from metering.ledger.schema import account_plans, events, plan_versions
 from metering.plans import BUILT_IN, Plan
 
@@ -103,7 +103,15 @@ def apply(
         if known and begins < now:
             _refuse_recorded(connection, plan.name, known, begins)
         written.append(_write(connection, plan, len(known) + 1, begins, now, actor))
+    if written and _assigned(connection, written):
+        outbox.note(connection, None, now=now)
     return written
+
+
+def _assigned(connection: sa.Connection, written: list[PlanVersion]) -> bool:
+    names = [version.plan.name for version in written]
+    query = sa.select(account_plans.c.account).where(account_plans.c.plan.in_(names)).limit(1)
+    return connection.execute(query).first() is not None
 
 
 def _precedence(version: PlanVersion) -> tuple[datetime, int]:

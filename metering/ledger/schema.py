@@ -10,6 +10,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     String,
     Table,
@@ -28,16 +29,20 @@ __all__ = [
     "admin_log",
     "api_keys",
     "counters",
+    "dead_letters",
     "event_costs",
     "event_ids",
     "events",
     "holds",
+    "key_reuses",
     "ledger_info",
     "metadata",
+    "outbox",
     "plan_versions",
     "rate_counters",
     "replays",
     "request_log",
+    "shards",
 ]
 
 metadata = MetaData(
@@ -53,6 +58,7 @@ metadata = MetaData(
 NAME = String(255)
 LINE = String(64)
 PERIOD = String(7)
+POSITION = String(80)
 _SERIAL = BigInteger().with_variant(Integer(), "sqlite")
 
 ledger_info = Table(
@@ -163,9 +169,13 @@ event_ids = Table(
     Column("event_id", Uuid, primary_key=True),
     Column("period", PERIOD, nullable=False),
     Column("fingerprint", String(255)),
+    Column("position", POSITION),
     sqlite_with_rowid=False,
 )
-"""Every id ever billed. Never trimmed, also when the event itself has been archived."""
+"""Every id ever billed. Never trimmed, also when the event itself has been archived.
+
+`position` is where the event stood in Redis, as `SHARD/EPOCH/STREAM ID`; NULL for one that came another way.
+"""
 
 event_costs = Table(
     "event_costs",
@@ -280,3 +290,67 @@ admin_log = Table(
     Column("subject", NAME, nullable=False),
     Column("details", Text, nullable=False),
 )
+
+outbox = Table(
+    "outbox",
+    metadata,
+    Column("seq", _SERIAL, primary_key=True),
+    Column("account", NAME),
+    Column("recount", Boolean, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("sent_at", UtcDateTime),
+    Index(None, "account", "seq"),
+    Index(
+        "ix_outbox_unsent",
+        "seq",
+        sqlite_where=text("sent_at IS NULL"),
+        postgresql_where=text("sent_at IS NULL"),
+    ),
+    # A number used again would be a version that copies of the account have already.
+    sqlite_autoincrement=True,
+)
+"""What Redis is to be told: this account (NULL: each) has changed, and `recount` its counters.
+
+The highest number that names an account is its version: a copy that is older is stale. So sent rows stay.
+"""
+
+shards = Table(
+    "shards",
+    metadata,
+    Column("shard", Integer, primary_key=True, autoincrement=False),
+    Column("epoch", BigInteger, nullable=False),
+    Column("seq", BigInteger, nullable=False),
+    Column("lost", BigInteger, nullable=False),
+    Column("drained_at", UtcDateTime),
+)
+"""How far each shard of Redis is drained: the highest sequence number of its epoch, and how many were never seen."""
+
+dead_letters = Table(
+    "dead_letters",
+    metadata,
+    Column("dead_letter_id", Integer, primary_key=True),
+    Column("position", POSITION, nullable=False, unique=True),
+    Column("shard", Integer, nullable=False),
+    Column("noticed_at", UtcDateTime, nullable=False),
+    Column("error", Text, nullable=False),
+    Column("header", LargeBinary, nullable=False),
+    Column("body", LargeBinary, nullable=False),
+    Column("account", NAME),
+    Column("period", PERIOD),
+    Column("resolved_at", UtcDateTime),
+)
+"""What stood in Redis and could not be billed as it was, byte for byte. Open until somebody resolves it."""
+
+key_reuses = Table(
+    "key_reuses",
+    metadata,
+    Column("position", POSITION, primary_key=True),
+    Column("account", NAME, nullable=False),
+    Column("event_id", Uuid, nullable=False, index=True),
+    Column("billed_as", Uuid),
+    Column("noticed_at", UtcDateTime, nullable=False),
+    sqlite_with_rowid=False,
+)
+"""An idempotency key used again after Redis had forgotten it: for the same request it is not billed again, and
+`billed_as` is NULL; for another one it is billed as a fact of its own.
+"""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import Dialect, Numeric, String, Text
@@ -17,7 +18,13 @@ INSTANT_LENGTH = 27
 
 def instant_text(at: datetime) -> str:
     """An aware datetime as fixed-width text that sorts by time: `2023-11-16T18:17:03.979960Z`."""
-    return at.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
+    return _utc_text(at if at.tzinfo is UTC else at.astimezone(UTC))
+
+
+@lru_cache(maxsize=256)
+def _utc_text(at: datetime) -> str:
+    # Remembered because one call needs the same few instants many times. In UTC equal times are one instant.
+    return at.isoformat(timespec="microseconds")[:-6] + "Z"
 
 
 def parse_instant(text: str) -> datetime:

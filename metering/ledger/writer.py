@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from decimal import localcontext
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from metering.billing.money import EXACT
@@ -14,17 +18,25 @@ from metering.errors import StoreUnavailable
 from metering.ledger.sqlite import connect, translated
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from metering.ledger.forks import Gate
 
-__all__ = ["Writer"]
+__all__ = ["Work", "Writer"]
 
 T = TypeVar("T")
 
+Work = Callable[[sqlite3.Cursor], T]
+"""What a caller wants done in a transaction. It may be run more than once, with what it wrote before undone."""
+
 MAX_GROUP = 128
 """Works that share one commit at the most, so that nobody waits for an endless group."""
+
+LOOK_S = 0.01
+"""How often one who waits looks for himself whether it is his turn: who should have woken him may be interrupted."""
+
+IDLE_S = 10.0
+"""How long the thread that serves event loops waits for more before it ends."""
 
 
 class _Group:
@@ -37,12 +49,12 @@ class _Group:
         self.ended = False
 
 
-class _Job(Generic[T]):
+class _Asked(Generic[T]):
     """One caller's work, and where its answer is put."""
 
     __slots__ = ("answer", "deadline", "error", "group", "work")
 
-    def __init__(self, work: Callable[[sqlite3.Cursor], T], deadline: float) -> None:
+    def __init__(self, work: Work[T], deadline: float) -> None:
         self.work = work
         self.deadline = deadline
         self.answer: T | None = None
@@ -50,12 +62,57 @@ class _Job(Generic[T]):
         self.group: _Group | None = None
 
 
+class _Job(_Asked[T]):
+    """A work that a thread waits for."""
+
+    __slots__ = ("_news",)
+
+    def __init__(self, work: Work[T], deadline: float) -> None:
+        super().__init__(work, deadline)
+        self._news = threading.Lock()
+        self._news.acquire()
+
+    def wait(self) -> None:
+        """Wait to be woken, or for LOOK_S."""
+        self._news.acquire(timeout=LOOK_S)
+
+    def wake(self) -> None:
+        """Let its caller look again."""
+        try:  # noqa: SIM105  suppress() would take longer than the waking
+            self._news.release()
+        except RuntimeError:
+            pass  # it was woken before
+
+
+class _AwaitedJob(_Asked[T]):
+    """A work that a task awaits. Its loop may withdraw it until the worker takes it."""
+
+    __slots__ = ("_free", "done")
+
+    def __init__(self, work: Work[T], deadline: float, done: asyncio.Future[None]) -> None:
+        super().__init__(work, deadline)
+        self.done = done
+        self._free = [self]
+
+    def take(self) -> bool:
+        """Whether nobody took it before: the worker to run it, or its loop to withdraw it."""
+        try:
+            self._free.pop()
+        except IndexError:
+            return False
+        return True
+
+
 class Writer:
     """Runs works one after the other, each atomic, on one connection, with decimals that are never rounded.
 
     A caller who finds nobody at work commits at once, alone. Callers who arrive meanwhile queue and wait for their
-    turn; who gets it first runs the whole queue in one transaction, each work in a savepoint, and the others find
-    themselves answered. Nobody is woken by hand, so an interrupt in one caller leaves no other waiting.
+    turn; who gets it first runs the whole queue in one transaction, wakes the others, who find themselves answered, and
+    then the first of those who came later. Everyone also looks for himself now and then, so an interrupt in one caller
+    leaves no other waiting.
+
+    An event loop must not wait for its turn. What its tasks ask for is run by one worker thread, as groups as well: it
+    is never interrupted, so it may wake them.
     """
 
     def __init__(self, path: Path, *, timeout_s: float, gate: Gate) -> None:
@@ -65,10 +122,12 @@ class Writer:
         # Re-entrant only because such a lock knows its owner: an interrupt may come right after it was acquired.
         self._turn = threading.RLock()
         self._queue: deque[_Job[object]] = deque()
+        self._inbox: SimpleQueue[_AwaitedJob[object] | None] = SimpleQueue()
+        self._worker: threading.Thread | None = None
         self._connection: sqlite3.Connection | None = None
         self._lock_timeout_s = timeout_s
 
-    def run(self, work: Callable[[sqlite3.Cursor], T]) -> T:
+    def run(self, work: Work[T]) -> T:
         """What `work(cursor)` returned, after its writes were committed. What it raised, with nothing written.
 
         Raises StoreUnavailable where the ledger cannot be written in time.
@@ -76,12 +135,13 @@ class Writer:
         job: _Job[T] = _Job(work, time.monotonic() + self._timeout_s)
         try:
             self._queue.append(job)  # type: ignore[arg-type]
-            if not self._turn.acquire(timeout=self._timeout_s):
-                if self._withdraw(job):
-                    raise StoreUnavailable(  # noqa: TRY301
-                        f"ledger {self._path}: no turn to write within {self._timeout_s:g} s"
-                    )
-                self._turn.acquire()  # it is being run, and will be answered
+            while not self._turn.acquire(blocking=False):
+                group = job.group
+                if group is not None and group.ended:
+                    return self._answer(job)
+                if time.monotonic() > job.deadline and self._withdraw(job):
+                    raise self._no_turn()  # noqa: TRY301
+                job.wait()
             if job.group is None:
                 self._lead(job)
         except BaseException:
@@ -92,6 +152,24 @@ class Writer:
                 self._turn.release()
             except RuntimeError:
                 pass  # it was not acquired
+        self._pass_on()
+        return self._answer(job)
+
+    async def run_async(self, work: Work[T]) -> T:
+        """As `run`, never blocking the event loop. Cancelled before it was begun, the work is not done; else it is."""
+        loop = asyncio.get_running_loop()
+        job: _AwaitedJob[T] = _AwaitedJob(work, time.monotonic() + self._timeout_s, loop.create_future())
+        timer = loop.call_later(self._timeout_s, self._give_up, job)
+        try:
+            self._inbox.put(job)  # type: ignore[arg-type]
+            if self._worker is None:
+                self._start_worker()
+            await job.done
+        except BaseException:
+            job.take()
+            raise
+        finally:
+            timer.cancel()
         return self._answer(job)
 
     def close(self) -> None:
@@ -99,8 +177,10 @@ class Writer:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
+        if self._worker is not None:
+            self._inbox.put(None)
 
-    def _answer(self, job: _Job[T]) -> T:
+    def _answer(self, job: _Asked[T]) -> T:
         if job.error is not None:
             raise job.error
         if job.group is None or not job.group.ended:
@@ -108,6 +188,9 @@ class Writer:
         if job.group.error is not None:
             raise job.group.error
         return job.answer  # type: ignore[return-value]
+
+    def _no_turn(self) -> StoreUnavailable:
+        return StoreUnavailable(f"ledger {self._path}: no turn to write within {self._timeout_s:g} s")
 
     def _withdraw(self, job: _Job[T]) -> bool:
         """Take a job out of the queue; False where it is no longer there."""
@@ -117,16 +200,27 @@ class Writer:
             return False
         return True
 
+    def _pass_on(self) -> None:
+        """Wake the first in the queue: it is his turn."""
+        with suppress(IndexError):
+            self._queue[0].wake()
+
     def _lead(self, own: _Job[T]) -> None:
         """Run the queue in one transaction. What the leader raises undoes it, and the others run it on their turn."""
         group = _Group()
         jobs: list[_Job[object]] = []
+
+        def gather() -> None:
+            self._withdraw(own)
+            jobs.append(own)  # type: ignore[arg-type]
+            while self._queue and len(jobs) < MAX_GROUP:
+                jobs.append(self._queue.popleft())
+
         try:
             with self._gate, localcontext(EXACT):
-                self._commit(own, group, jobs)
+                self._commit(own.deadline, gather, group, jobs)
         except Exception as exc:  # noqa: BLE001  of the database, never of a work
-            group.error = translated(exc, self._path) if isinstance(exc, sqlite3.Error) else exc
-            group.error.__cause__ = exc if group.error is not exc else exc.__cause__
+            group.error = self._told(exc)
             self._withdraw(own)
             own.group = group
         except BaseException:
@@ -137,9 +231,14 @@ class Writer:
                         self._queue.appendleft(job)
             raise
         group.ended = True
+        for job in jobs:
+            job.wake()
 
-    def _commit(self, own: _Job[T], group: _Group, jobs: list[_Job[object]]) -> None:
-        connection = self._open(own.deadline)
+    def _commit(
+        self, deadline: float, gather: Callable[[], None], group: _Group, jobs: Sequence[_Asked[object]]
+    ) -> None:
+        """One transaction with the jobs that `gather` puts into `jobs`; begun by `deadline`, or not at all."""
+        connection = self._open(deadline)
         if connection.in_transaction:
             raise StoreUnavailable(f"ledger {self._path}: a signal handler asked for it in the middle of a commit")
         cursor = connection.cursor()
@@ -147,12 +246,13 @@ class Writer:
         try:
             # Before anyone else is taken in: if the leader's time is over, those who queue behind have their turn.
             cursor.execute("BEGIN IMMEDIATE")
-            self._gather(own, group, jobs)
+            gather()
+            for job in jobs:
+                job.group = group
             if len(jobs) == 1:
                 _run(jobs[0], cursor)
             else:
-                for job in jobs:
-                    _run_in_savepoint(job, cursor)
+                _run_together(jobs, cursor)
             committing = True
             cursor.execute("COMMIT")
             group.ended = True
@@ -163,15 +263,6 @@ class Writer:
                 group.ended = True  # an interrupt that came after the commit: it stands
             if not isinstance(exc, _WorkRaised):
                 raise
-
-    def _gather(self, own: _Job[T], group: _Group, jobs: list[_Job[object]]) -> None:
-        """Take the leader's work and those that queue with it."""
-        self._withdraw(own)
-        jobs.append(own)  # type: ignore[arg-type]
-        while self._queue and len(jobs) < MAX_GROUP:
-            jobs.append(self._queue.popleft())
-        for job in jobs:
-            job.group = group
 
     def _open(self, deadline: float) -> sqlite3.Connection:
         """The connection, set to wait for other processes no longer than the caller still has."""
@@ -185,12 +276,96 @@ class Writer:
             self._lock_timeout_s = timeout_s
         return self._connection
 
+    def _told(self, error: Exception) -> Exception:
+        """What callers are told of an error of the database."""
+        if not isinstance(error, sqlite3.Error):
+            return error
+        told = translated(error, self._path)
+        told.__cause__ = error
+        return told
+
+    # What follows serves event loops. `_work` and what it calls run on the worker, `_give_up` on the loop of its job.
+
+    def _give_up(self, job: _AwaitedJob[T]) -> None:
+        if job.take():
+            job.error = self._no_turn()
+            _wake([job.done])
+
+    def _start_worker(self) -> None:
+        self._worker = threading.Thread(target=self._work, name="metering-ledger", daemon=True)
+        try:
+            self._worker.start()
+        except BaseException:
+            self._worker = None
+            raise
+
+    def _work(self) -> None:
+        waiting: deque[_AwaitedJob[object]] = deque()
+        while True:
+            job = None
+            with suppress(Empty):
+                job = self._inbox.get(timeout=IDLE_S)
+            if job is not None:
+                waiting.append(job)
+                while waiting:
+                    self._lead_for(waiting)
+                continue
+            self._worker = None
+            # Whoever put a job in before that has started no other worker. Two of them at once would do no harm.
+            if self._inbox.empty():
+                return
+            self._worker = threading.current_thread()
+
+    def _lead_for(self, waiting: deque[_AwaitedJob[object]]) -> None:
+        """Run those who wait in one transaction, and wake them. The first is told where it could not begin."""
+        group = _Group()
+        jobs: list[_AwaitedJob[object]] = []
+        first = waiting[0]
+
+        def gather() -> None:
+            while len(jobs) < MAX_GROUP:
+                try:
+                    job = waiting.popleft() if waiting else self._inbox.get_nowait()
+                except Empty:
+                    return
+                if job is not None and job.take():
+                    jobs.append(job)
+
+        try:
+            with self._turn, self._gate, localcontext(EXACT):
+                self._commit(first.deadline, gather, group, jobs)
+        except BaseException as exc:  # noqa: BLE001  whatever it is, they wait for an answer
+            group.error = self._told(exc) if isinstance(exc, Exception) else exc
+            if not jobs and first in waiting:
+                waiting.popleft()
+                if first.take():
+                    first.group = group
+                    jobs.append(first)
+        group.ended = True
+        self._pass_on()
+        _tell(jobs)
+
+
+def _tell(jobs: list[_AwaitedJob[object]]) -> None:
+    by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+    for job in jobs:
+        by_loop.setdefault(job.done.get_loop(), []).append(job.done)
+    for loop, done in by_loop.items():
+        with suppress(RuntimeError):  # it was closed, and its tasks with it
+            loop.call_soon_threadsafe(_wake, done)
+
+
+def _wake(done: list[asyncio.Future[None]]) -> None:
+    for future in done:
+        if not future.done():
+            future.set_result(None)
+
 
 class _WorkRaised(Exception):
     """A lone work raised: its transaction is rolled back, and its error is its caller's answer."""
 
 
-def _run(job: _Job[object], cursor: sqlite3.Cursor) -> None:
+def _run(job: _Asked[object], cursor: sqlite3.Cursor) -> None:
     try:
         job.answer = job.work(cursor)
     except sqlite3.Error:
@@ -200,13 +375,27 @@ def _run(job: _Job[object], cursor: sqlite3.Cursor) -> None:
         raise _WorkRaised from exc
 
 
-def _run_in_savepoint(job: _Job[object], cursor: sqlite3.Cursor) -> None:
-    cursor.execute("SAVEPOINT work")
+def _run_together(jobs: Sequence[_Asked[object]], cursor: sqlite3.Cursor) -> None:
+    """Run each; what raises has written nothing. A savepoint a work is dear, so only where one failed halfway."""
+    cursor.execute("SAVEPOINT works")
+    if not all(_ran_cleanly(job, cursor) for job in jobs):
+        cursor.execute("ROLLBACK TO works")
+        for job in jobs:
+            cursor.execute("SAVEPOINT work")
+            if not _ran_cleanly(job, cursor):
+                cursor.execute("ROLLBACK TO work")
+            cursor.execute("RELEASE work")
+
+
+def _ran_cleanly(job: _Asked[object], cursor: sqlite3.Cursor) -> bool:
+    """Run a work. False where it raised after it had written."""
+    job.error = None
+    before = cursor.connection.total_changes
     try:
         job.answer = job.work(cursor)
     except sqlite3.Error:
         raise  # the whole transaction is in doubt
     except Exception as exc:  # noqa: BLE001  one caller's error is that caller's answer
-        cursor.execute("ROLLBACK TO work")
         job.error = exc
-    cursor.execute("RELEASE work")
+        return cursor.connection.total_changes == before
+    return True

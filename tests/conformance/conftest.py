@@ -1,18 +1,15 @@
-"""What every store is tested with. A store joins by an entry in STORES: how to open a meter that decides on it."""
+"""What every store is tested with."""
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from metering.admission.verify import check_counters
 from metering.events import TokenUsage
-from metering.ledger import plan_versions
-from metering.meter import Meter
 from metering.plans import Limit, Plan
+from tests.conformance.stores import STORES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -21,27 +18,19 @@ if TYPE_CHECKING:
 
     from metering.admission.protocol import Decision, LimitStatus
     from metering.billing.pricing import Rate
-
-
-def _sqlite(folder: Path, empty_ledger: Path, clock: Callable[[], datetime]) -> Meter:
-    path = shutil.copy(empty_ledger, folder / "ledger.db")
-    return Meter(f"sqlite:///{path}", clock=clock, strict_signals=True)
-
-
-STORES: dict[str, Callable[[Path, Path, Callable[[], datetime]], Meter]] = {"sqlite": _sqlite}
+    from tests.conformance.stores import RedisPlace, SqlPlace
 
 
 class Shop:
     """A meter with accounts on plans of the test's own, and short words for what the tests do most."""
 
-    def __init__(self, meter: Meter) -> None:
-        self.meter = meter
+    def __init__(self, place: SqlPlace | RedisPlace) -> None:
+        self.place = place
+        self.meter: Any = place.meter
 
     def set_plan(self, name: str, *limits: Limit, rates: tuple[Rate, ...] = ()) -> None:
         """Write a plan, or its next version, in force from now."""
-        with self.meter.ledger.write() as connection:
-            plan = Plan(name=name, retention_days=30, limits=limits, rates=rates)
-            plan_versions.apply(connection, [plan], now=self.meter._clock(), actor="test")
+        self.meter.apply_plans([Plan(name=name, retention_days=30, limits=limits, rates=rates)])
 
     def open_account(self, *limits: Limit, account: str = "acme", rates: tuple[Rate, ...] = (), **options: Any) -> str:
         """A new account with a plan of its own, named like it; the secret of its first key."""
@@ -70,26 +59,46 @@ class Shop:
         )
 
     def close(self) -> None:
-        """Close the meter, after a last look at its counters."""
-        assert [check for check in check_counters(self.meter.ledger) if not check.agrees] == []
-        self.meter.close()
+        """Close the meter, after a last look at its counters, before and after what was admitted is in the ledger."""
+        assert [check for check in self.place.checks() if not check.agrees] == []
+        self.place.drain()
+        assert [check for check in self.place.checks() if not check.agrees] == []
+        self.place.close()
+
+    def events(self) -> list[Any]:
+        """Every event, as the ledger has it, in the order they occurred."""
+        self.place.drain()
+        with self.meter.ledger.read() as connection:
+            query = "SELECT * FROM events ORDER BY occurred_at, seq"
+            return list(connection.exec_driver_sql(query).mappings())
 
     def count(self, table: str, where: str = "1") -> int:
         """Rows of a table of the ledger."""
+        self.place.drain()
         with self.meter.ledger.read() as connection:
             return int(connection.exec_driver_sql(f"SELECT count(*) FROM {table} WHERE {where}").scalar_one())
 
-    def written(self) -> dict[str, int]:
-        """How many rows there are of what an admission may write."""
-        tables = ("events", "event_ids", "holds", "replays", "request_log", "counters", "rate_counters")
-        return {table: self.count(table) for table in tables}
+    def log(self, account: str = "acme", **asked: Any) -> list[Any]:
+        """The request log of an account."""
+        self.place.drain()
+        return list(self.meter.log(account, **asked))
 
-    def counters(self) -> list[tuple[Any, ...]]:
+    def holds(self, state: str) -> int:
+        """How many holds are in a state."""
+        return self.place.holds().get(state, 0)
+
+    def kept(self, what: str) -> int:
+        """How many `replays`, `counters` or `rate_counters` the store keeps."""
+        return self.place.kept()[what]
+
+    def written(self) -> dict[str, Any]:
+        """How much there is of what an admission may write."""
+        facts = {table: self.count(table) for table in ("events", "event_ids", "request_log")}
+        return {**facts, **self.place.kept(), "holds": self.place.holds()}
+
+    def counters(self) -> list[Any]:
         """Every counter and rate counter, as kept."""
-        with self.meter.ledger.read() as connection:
-            rows = connection.exec_driver_sql("SELECT * FROM counters ORDER BY 1, 2, 3, 4, 5, 6").all()
-            rows += connection.exec_driver_sql("SELECT * FROM rate_counters ORDER BY 1, 2, 3, 4, 5, 6").all()
-            return [tuple(row) for row in rows]
+        return self.place.counters()
 
 
 @pytest.fixture(params=list(STORES))

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 
 from metering.admission.verify import check_counters
 from metering.errors import InvalidPlan, InvalidSetting, LedgerError, SchemaMismatch, StoreUnavailable
-from metering.ledger import SCHEMA, Ledger
+from metering.ledger import SCHEMA, Ledger, migrations, outbox
 from metering.ledger.schema import metadata
 from metering.meter import Meter
 
@@ -86,8 +89,8 @@ def test_each_ledger_has_an_id_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("revision", "message"),
     [
-        ("'0002'", "schema 0002 is newer than 0001, the newest this tallystick knows; upgrade tallystick"),
-        ("'0000'", "schema 0000 is older than 0001; run `tallystick migrate`"),
+        ("'0003'", "schema 0003 is newer than 0002, the newest this tallystick knows; upgrade tallystick"),
+        ("'0000'", "schema 0000 is older than 0002; run `tallystick migrate`"),
     ],
 )
 def test_another_schema_is_refused(ledger_url: str, revision: str, message: str) -> None:
@@ -98,6 +101,78 @@ def test_another_schema_is_refused(ledger_url: str, revision: str, message: str)
     if "newer" in message:
         with pytest.raises(SchemaMismatch):
             Ledger(ledger_url, upgrade=True)
+
+
+def test_the_first_ledger_is_upgraded_with_all_it_holds(
+    open_meter: Callable[..., Meter], tmp_path: Path, clock: Any
+) -> None:
+    meter = open_meter()
+    secret = meter.keys.create("acme", plan="pro").secret
+    event_id = meter.consume(secret, line="a", idempotency_key="k", response="r").event_id
+    meter.reserve(secret, line="a")
+    url = f"sqlite:///{tmp_path}/old.db"
+    make_first_ledger(path_of(url), meter.ledger.path)
+    before = contents(path_of(url))
+    assert before["events"] != before["holds"] != []
+
+    with pytest.raises(SchemaMismatch, match="schema 0001 is older than 0002; run `tallystick migrate`"):
+        Ledger(url)
+    ledger = Ledger(url, upgrade=True)
+    with ledger.read() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, metadata) == []
+        assert [outbox.version_of(connection, account) for account in ("acme", "other")] == [1, 1]
+        assert outbox.unsent(connection, 9) == []
+    ledger.close()
+    after = contents(path_of(url))
+    before["event_ids"] = [(*row, None) for row in before["event_ids"]]
+    assert {name: after[name] for name in before} == before
+
+    with Meter(url, clock=clock) as upgraded:
+        replay = upgraded.consume(secret, line="a", idempotency_key="k")
+        assert (replay.event_id, replay.replayed, replay.response) == (event_id, True, "r")
+        assert upgraded.consume(secret, line="a").allowed
+        assert upgraded.quota("acme")[0].used == 3
+        with upgraded.ledger.read() as connection:
+            assert outbox.version_of(connection, "acme") == 1
+        upgraded.keys.create("acme")
+        with upgraded.ledger.read() as connection:
+            assert outbox.version_of(connection, "acme") == 2
+
+
+def test_an_empty_ledger_has_no_versions_to_start_with(opened: Ledger) -> None:
+    with opened.read() as connection:
+        assert outbox.version_of(connection, "acme") == 0
+
+
+def make_first_ledger(path: Path, source: Path) -> None:
+    """A ledger at revision 0001, with the rows of a newer one."""
+    config = Config()
+    config.set_main_option("script_location", str(Path(migrations.__path__[0])))
+    engine = sa.create_engine(f"sqlite:///{path}")
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        connection.exec_driver_sql("DELETE FROM ledger_info")
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("ATTACH ? AS source", (str(source),))
+        for name in tables(connection):
+            columns = ", ".join(row[1] for row in connection.execute(f"PRAGMA table_info({name})"))
+            connection.execute(f"INSERT INTO {name} ({columns}) SELECT {columns} FROM source.{name}")
+    engine.dispose()
+
+
+def tables(connection: sqlite3.Connection) -> list[str]:
+    found = connection.execute("SELECT name FROM main.sqlite_master WHERE type = 'table'").fetchall()
+    return [name for (name,) in found if name not in ("alembic_version", "sqlite_sequence")]
+
+
+def contents(path: Path) -> dict[str, list[tuple[Any, ...]]]:
+    with closing(sqlite3.connect(path)) as connection:
+        return {
+            name: sorted(connection.execute(f"SELECT * FROM {name}").fetchall(), key=repr)
+            for name in tables(connection)
+        }
 
 
 def test_a_database_without_schema_is_named(tmp_path: Path) -> None:

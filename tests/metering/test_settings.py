@@ -16,6 +16,7 @@ def test_with_nothing_set_all_lies_in_one_folder() -> None:
     assert (settings.home, settings.ledger_url) == (Path(".tallystick"), "sqlite:///.tallystick/ledger.db")
     assert (settings.warehouse, settings.out) == (Path(".tallystick/warehouse.duckdb"), Path(".tallystick/out"))
     assert (settings.plans, settings.timeout_s, settings.key_pepper) == (Path("plans.toml"), 5.0, None)
+    assert (settings.quota_url, settings.spool) == (None, Path(".tallystick/spool"))
     assert list(Path().iterdir()) == []
 
 
@@ -35,6 +36,8 @@ def test_every_setting_is_read() -> None:
             "METERING_PLANS": "p.toml",
             "METERING_TIMEOUT_MS": "250",
             "METERING_KEY_PEPPER": "salt",
+            "METERING_QUOTA_URL": "",
+            "METERING_ALLOW_EVICTION": "0",
         }
     )
     assert settings == Settings(
@@ -43,6 +46,7 @@ def test_every_setting_is_read() -> None:
         warehouse=Path("w.duckdb"),
         plans=Path("p.toml"),
         timeout_s=0.25,
+        quota_timeout_s=0.25,
         key_pepper="salt",
     )
 
@@ -72,10 +76,23 @@ def test_plans_that_were_asked_for_must_be_there() -> None:
         Settings.from_env({"METERING_PLANS": "prod.toml"})
 
 
-def test_redis_is_refused_rather_than_passed_over() -> None:
-    with pytest.raises(InvalidSetting, match="METERING_QUOTA_URL") as refused:
-        Settings.from_env({"METERING_QUOTA_URL": "redis://:password@localhost"})
-    assert "password" not in str(refused.value)
+def test_the_timeout_is_that_of_the_store_that_decides() -> None:
+    on_redis = Settings.from_env({"METERING_QUOTA_URL": "redis://localhost"})
+    assert (on_redis.timeout_s, on_redis.quota_timeout_s) == (5.0, 0.25)
+    told = Settings.from_env({"METERING_QUOTA_URL": "redis://localhost", "METERING_TIMEOUT_MS": "100"})
+    assert (told.timeout_s, told.quota_timeout_s) == (5.0, 0.1)
+    assert Settings.from_env({"METERING_TIMEOUT_MS": "100"}).timeout_s == 0.1
+
+
+def test_eviction_is_allowed_by_1_alone() -> None:
+    assert Settings.from_env({"METERING_ALLOW_EVICTION": "1"}).allow_eviction
+    with pytest.raises(InvalidSetting, match="METERING_ALLOW_EVICTION: got 'yes', expected 0 or 1"):
+        Settings.from_env({"METERING_ALLOW_EVICTION": "yes"})
+
+
+def test_the_password_of_a_url_is_not_shown() -> None:
+    settings = Settings.from_env({"METERING_QUOTA_URL": "redis://user:password@localhost"})
+    assert "password" not in repr(settings)
 
 
 def test_a_file_that_cannot_be_read_is_named() -> None:

@@ -1,0 +1,25 @@
+-- Undo a call whose outcome its caller never learned, unless somebody was answered with it meanwhile.
+-- KEYS: shard, events, account, open holds of the account, id. ARGV: what is undone, the event.
+local EVENTS, ACCOUNT, DUE, ID = KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+
+local shard, nothing = opened_shard()
+if not shard then
+    return nothing
+end
+if said.hold then
+    local hold = find_hold(said.hold)
+    if not hold or hold.state ~= 'open' then
+        return answer('nothing')
+    end
+    give_back(ACCOUNT, DUE, said.hold, hold, 'released')
+    return answer('undone')
+end
+local known = find_id(ID)
+if said.keyed and (not known or known.nonce ~= said.nonce or known.state == 'replayed') then
+    return answer(known and known.state == 'replayed' and 'replayed' or 'nothing')
+end
+redis.call('DEL', ID)
+recount(ACCOUNT)
+redis.call('HINCRBY', ACCOUNT, 'moves', 1)
+append(EVENTS, {'cancel', 0, 0, now, said.event_id, false, false}, ARGV[6])
+return answer('undone')
