@@ -54,6 +54,14 @@ def billing_cycle(period: Period = None) -> None:
     sys.exit(call(flow, period=period))
 
 
+@app.command("drain-events")
+def drain_events() -> None:
+    """Bring what Redis admitted into the ledger, once, and say how the shards stand."""
+    from flows.drain_events import drain_events as flow
+
+    sys.exit(call(flow))
+
+
 @app.command()
 def rebuild() -> None:
     """Make the warehouse anew from the ledger."""
