@@ -46,7 +46,7 @@ faults: setup  ## kill import and flows ROUNDS times (default 50) and compare th
 	TALLYSTICK_FAULT_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest -q tests/faults --timeout 3600
 
 bench: setup  ## figures beside a floor and a peer
-	$(BIN)/python -m benchmarks.admission
+	$(BIN)/python -m benchmarks $(ARGS)
 
 clean:  ## remove what was generated, keep .venv
 	rm -rf .tallystick .prefect .hypothesis .pytest_cache .mypy_cache .ruff_cache
