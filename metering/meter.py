@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict, Unpack
 from uuid import UUID
 
 from metering import checks, corrections
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import sqlalchemy as sa
 
     from metering.accounts import ApiKey
-    from metering.admission.protocol import Admission, AdmissionStore, Decision, LimitStatus
+    from metering.admission.protocol import AdmissionStore, Decision, LimitStatus
     from metering.corrections import Correction
     from metering.ledger.plan_versions import PlanVersion
     from metering.plans import Plan
@@ -168,20 +168,22 @@ class Meter:
         A refusal is an answer (`decision.allowed`), not an exception. `request` and `response` are anything JSON can
         say. Raises UnknownKey, RevokedKey, IdempotencyConflict, IdempotencyInProgress, InvalidEvent, StoreUnavailable.
         """
-        admission = self._asked(
-            self._calls.consume,
-            api_key,
-            line=line,
-            usage=usage,
-            quantity=quantity,
-            idempotency_key=idempotency_key,
-            fingerprint=fingerprint,
-            request=request,
-            response=response,
-            error=error,
-            latency_ms=latency_ms,
-            **described,
-        )
+        try:
+            admission = self._calls.consume(
+                api_key,
+                line=line,
+                usage=usage,
+                quantity=quantity,
+                idempotency_key=idempotency_key,
+                fingerprint=fingerprint,
+                request=request,
+                response=response,
+                error=error,
+                latency_ms=latency_ms,
+                **described,
+            )
+        except SecretGiven as given:
+            raise self._refusal(api_key, given) from None
         return self._store.admit(admission)
 
     def reserve(
@@ -201,17 +203,19 @@ class Meter:
         A `with` cannot skip its body, so this raises where the call may not run: `LimitExceeded` (carries the
         decision), `Replayed` (carries the stored response), and what `consume` raises.
         """
-        admission = self._asked(
-            self._calls.reserve,
-            api_key,
-            line=line,
-            estimate=estimate,
-            quantity=quantity,
-            idempotency_key=idempotency_key,
-            fingerprint=fingerprint,
-            request=request,
-            **described,
-        )
+        try:
+            admission = self._calls.reserve(
+                api_key,
+                line=line,
+                estimate=estimate,
+                quantity=quantity,
+                idempotency_key=idempotency_key,
+                fingerprint=fingerprint,
+                request=request,
+                **described,
+            )
+        except SecretGiven as given:
+            raise self._refusal(api_key, given) from None
         decision = self._store.admit(admission)
         decision.raise_unless_admitted()
         return Hold(self._store, self._keeper, decision, admission, secret=api_key)
@@ -358,14 +362,10 @@ class Meter:
     def __repr__(self) -> str:
         return f"<Meter on {self.ledger.path}>"
 
-    def _asked(
-        self, build: Callable[Concatenate[str, P], Admission], api_key: str, *args: P.args, **said: P.kwargs
-    ) -> Admission:
-        try:
-            return build(api_key, *args, **said)
-        except SecretGiven as given:
-            self.keys.lookup(api_key)  # a stranger's key is unknown, whatever it spells
-            raise given.refusal from None
+    def _refusal(self, api_key: str, given: SecretGiven) -> InvalidEvent:
+        """What to raise for a key that was passed as something else. Raises `UnknownKey` for a stranger's."""
+        self.keys.lookup(api_key)  # a stranger's key is unknown, whatever it spells
+        return given.refusal
 
     def _require_key(self, account: str, key_id: str | None) -> None:
         if key_id is not None and key_id not in {key.key_id for key in self.keys.list(account)}:

@@ -10,6 +10,7 @@ import asyncio
 import math
 import os
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hiredis import pack_command
@@ -32,7 +33,9 @@ from metering.admission.redis.wire import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+    from metering.admission.redis.wire import Greeting
 
 __all__ = ["AsyncLink"]
 
@@ -117,31 +120,34 @@ class AsyncLink(Servers):
             # Deadlines are ours: redis-py would wrap everything it sends into a task that watches its own.
             options = {**self._topology.connection_options(self.timeout_s), "socket_timeout": None}
             connection = _CLASSES[self._topology.connection_class](host=address.host, port=address.port, **options)
-            lane = self._lanes[address] = _Lane(connection, self.timeout_s)
+            lane = self._lanes[address] = _Lane(connection, partial(self.greeted, address), self.timeout_s)
         return lane
 
     async def _open(self, lane: _Lane, address: Address, deadline: float) -> None:
         where = f"{address.host}:{address.port}"
         try:
             async with asyncio.timeout_at(deadline):
-                greeting = await asyncio.shield(lane.opened())
+                await asyncio.shield(lane.opened())
         except TimeoutError as exc:
             raise NotDone(f"Redis at {where}: no connection within the timeout") from exc
         except (errors.RedisError, OSError) as exc:
             meaning = meaning_of(exc, where)
             raise NotDone(str(meaning)) if isinstance(meaning, OutcomeUnknown) else meaning from exc
-        self.greeted(address, greeting)
 
 
 class _Lane:
-    """One connection. `opened` before the first `ask`; once broken it is thrown away."""
+    """One connection. `opened` before the first `ask`; once broken it is thrown away.
 
-    def __init__(self, connection: Connection, timeout_s: float) -> None:
+    It is open once `greeted` has taken in what the server says of itself.
+    """
+
+    def __init__(self, connection: Connection, greeted: Callable[[Greeting], None], timeout_s: float) -> None:
         self.is_open = False
         self.is_broken = False
         self._connection = connection
+        self._greeted = greeted
         self._timeout_s = timeout_s
-        self._opening: asyncio.Task[Any] | None = None
+        self._opening: asyncio.Task[None] | None = None
         self._reading: asyncio.Task[None] | None = None
         self._to_send: list[bytes] = []
         self._asked: deque[tuple[asyncio.Future[Any], float]] = deque()
@@ -149,10 +155,12 @@ class _Lane:
         self._sending: asyncio.Task[None] | None = None
         self._watch: asyncio.TimerHandle | None = None
 
-    def opened(self) -> asyncio.Task[Any]:
-        """The greeting of the server, once it is there."""
+    def opened(self) -> asyncio.Task[None]:
+        """Ends when it is open. Raises what `greeted` raises."""
         if self._opening is None:
             self._opening = asyncio.create_task(self._open())
+            # Whoever waits for it may give up first, and nobody be left to take its error.
+            self._opening.add_done_callback(lambda opening: opening.cancelled() or opening.exception())
         return self._opening
 
     def ask(self, command: Sequence[Any], deadline: float) -> asyncio.Future[Any]:
@@ -177,7 +185,7 @@ class _Lane:
         for task in (self._opening, self._reading, self._sending):
             if task is not None and task is not asyncio.current_task():
                 task.cancel()
-        self._close_quietly()
+        self._connection._close()
         if self._watch is not None:
             self._watch.cancel()
         while self._asked:
@@ -192,20 +200,20 @@ class _Lane:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._connection.disconnect(nowait=True)
 
-    async def _open(self) -> Any:
+    async def _open(self) -> None:
         connection = self._connection
         try:
             async with asyncio.timeout(self._timeout_s):
                 await connection.connect()
                 await connection.send_packed_command(connection.pack_commands(GREETING), check_health=False)
                 greeting = read_greeting([await connection.read_response(disable_decoding=True) for _ in GREETING])
+            self._greeted(greeting)
         except BaseException:
             self.is_broken = True
             await connection.disconnect(nowait=True)
             raise
         self.is_open = True
         self._reading = asyncio.create_task(self._read())
-        return greeting
 
     async def _send(self) -> None:
         try:
@@ -252,8 +260,3 @@ class _Lane:
             self.break_off(errors.TimeoutError("no answer within the timeout"))
         elif waiting:
             self._watch_until(loop, min(waiting))
-
-    def _close_quietly(self) -> None:
-        writer = self._connection._writer
-        if writer is not None:
-            writer.close()

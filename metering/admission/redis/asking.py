@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from decimal import localcontext
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -36,7 +37,8 @@ __all__ = ["Asker", "Terms", "reply_body", "require_names", "streamed"]
 
 MAX_REPLY_BYTES = 4096
 
-_NO_TOKENS = (0,) * len(TOKEN_FIELDS)
+_tokens_of = attrgetter(*TOKEN_FIELDS)
+_NO_TOKENS = _tokens_of(TokenUsage())
 
 
 @dataclass(slots=True)
@@ -279,7 +281,7 @@ def streamed(
         session_id=call.session_id,
         attributes=encode_attributes(call.attributes),
         platform_paid=call.platform_paid,
-        tokens=_NO_TOKENS if usage is None else tuple(getattr(usage, name) for name in TOKEN_FIELDS),  # type: ignore[arg-type]
+        tokens=_NO_TOKENS if usage is None else _tokens_of(usage),
         quantity=decimal_text(quantity or 0),
         estimated=estimated,
         error=call.error,

@@ -186,6 +186,8 @@ class AccountCopy:
     """Of each key, empty, `revoked`, or when its grace time ends in microseconds."""
     epoch: int = 0
     gen: int = 0
+    era: int = 0
+    """Of the link, when it was read."""
     shard: int = field(init=False)
     _frames: dict[tuple[str, str], Frame] = field(default_factory=dict)
 

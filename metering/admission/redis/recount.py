@@ -1,6 +1,6 @@
 """Counters counted anew: what the ledger has, what the drain will add to it, and the open holds.
 
-They are read one after the other, and the count is only kept where nothing of the account moved meanwhile. Events that
+They are read one after the other, and the count is only kept where none of these holds ended meanwhile. Events that
 are drained meanwhile are both in the stream and in the ledger: `booking.foreseen` tells them apart.
 """
 

@@ -36,7 +36,7 @@ def arguments(
     *blobs: bytes,
     now_us: int | None = None,
     deadline_us: int | None = None,
-    floor: tuple[int, int] = (0, 0),
+    floor: tuple[int, int, int] = (0, 0, 0),
 ) -> tuple[Any, ...]:
     """What a script is told besides its keys: see `_shard.lua`."""
     return (

@@ -88,7 +88,7 @@ def check_counters(link: Link, verbs: Verbs) -> list[CounterCheck]:
         if kept is None or generation != f"{int(epoch or 0)}.{int(gen or 0)}":
             continue
         counter = Counter(metric, line, key_id, Window(start=from_us(start_us), end=from_us(end_us)))
-        _, _, (count,) = drive(verbs.counted(account, [counter]), link)
+        _, (count,) = drive(verbs.counted(account, [counter]), link)
         checks.append(
             CounterCheck(
                 account=account,

@@ -84,11 +84,25 @@ class Undecided(StoreUnavailable):
 
 @dataclass(slots=True)
 class _Floor:
-    """What is known to have been written to a shard before."""
+    """What a shard is known to have reached: its epoch, the events of it in the ledger, and how far it had come."""
 
     era: int
-    epoch: int
-    seq: int
+    reached: tuple[int, int, int] = (0, 0, 0)
+
+    def raise_to(self, epoch: int, come: int) -> None:
+        """Take in what the shard answered. In one step, because threads share it."""
+        known, seq, before = self.reached
+        if epoch > known:
+            self.reached = (epoch, 0, come)
+        elif epoch == known and come > before:
+            self.reached = (epoch, seq, come)
+
+
+@dataclass(slots=True)
+class _Doubt:
+    """Whether something was sent at least once without an answer: it may have been done, whatever came later."""
+
+    unanswered: bool = False
 
 
 class Verbs:
@@ -110,14 +124,16 @@ class Verbs:
     def admit(self, admission: Admission, now: datetime | None = None) -> Steps[Decision]:
         """See `AdmissionStore.admit`. Raises `Undecided` where no answer came."""
         known = yield from self._whose(admission.key_digest)
-        asker = Asker(admission, known)
+        asker, doubt = Asker(admission, known), _Doubt()
         try:
-            terms, reply = yield from self._agreed(known.account, asker.question, now or self._told_now())
-        except OutcomeUnknown as exc:
+            terms, reply = yield from self._agreed(known.account, asker.question, now or self._told_now(), doubt)
+            return asker.decision(terms, reply)
+        except (OutcomeUnknown, StoreUnavailable) as exc:
+            if not doubt.unanswered:
+                raise
             raise Undecided(
                 f"no answer within {self._timeout_s:g} s, so the call is undone: {exc}", asker.undo()
             ) from exc
-        return asker.decision(terms, reply)
 
     def quota(
         self, account: str, key_id: str | None = None, now: datetime | None = None
@@ -133,7 +149,7 @@ class Verbs:
             return Terms(copy, frame, key_id or "", asked, NOTHING, more, id_keys)
 
         try:
-            terms, reply = yield from self._agreed(account, question, now or self._told_now())
+            terms, reply = yield from self._agreed(account, question, now or self._told_now(), _Doubt())
         except OutcomeUnknown as exc:
             raise StoreUnavailable(str(exc)) from exc
         return terms.verdict(reply).statuses
@@ -269,16 +285,16 @@ class Verbs:
                 keys.append(account_key(shard, "account", row.account))
             yield from self._ask_twice_over(shard, "notice", keys, said, opened=False)
 
-    def counted(self, account: str, counters: list[Counter]) -> Steps[tuple[int, int, list[Count]]]:
-        """What counters come to, with the account's moves and generation before it was read."""
+    def counted(self, account: str, counters: list[Counter]) -> Steps[tuple[int, list[Count]]]:
+        """What counters come to, with the account's generation before it was read."""
         shard = shard_of(account)
         keys = account_keys(shard, account, "shard")
-        *_, moves, gen, found = yield from self._ask_twice_over(shard, "look", keys, {})
+        *_, gen, found = yield from self._ask_twice_over(shard, "look", keys, {})
         undrained = yield from self._undrained(shard, account)
         counts = yield Read(
             partial(recounted, self._ledger, shard, account, counters, undrained, open_holds(found), self._server_now())
         )
-        return moves, gen, counts
+        return gen, counts
 
     def _told_now(self) -> datetime | None:
         return None if self._clock is None else self._clock()
@@ -297,12 +313,14 @@ class Verbs:
 
     def _copy(self, account: str, at: datetime) -> Steps[AccountCopy]:
         copy = self._copies.get(account)
-        if copy is None or not copy.covers(at):
+        if copy is None or not copy.covers(at) or copy.era != self._wire.era:
             copy = yield from self._read(account, at)
         return copy
 
     def _read(self, account: str, at: datetime) -> Steps[AccountCopy]:
+        era = self._wire.era
         copy: AccountCopy = yield Read(partial(read_account, self._ledger, self._directory, account, at))
+        copy.era = era
         self._copies[account] = copy
         return copy
 
@@ -312,7 +330,11 @@ class Verbs:
         return self._plans[plan_version]
 
     def _agreed(
-        self, account: str, question: Callable[[AccountCopy, datetime], Terms], now: datetime | None
+        self,
+        account: str,
+        question: Callable[[AccountCopy, datetime], Terms],
+        now: datetime | None,
+        doubt: _Doubt,
     ) -> Steps[tuple[Terms, list[Any]]]:
         """Ask `admit` until Redis and this process agree on who asks, on which plan, in which windows.
 
@@ -324,9 +346,19 @@ class Verbs:
             at = now or max(self._server_now(), from_us(not_before_us))
             copy = yield from self._copy(account, at)
             terms = question(copy, at)
-            reply = yield from self._ask(
-                copy.shard, "admit", terms.keys(), terms.said(), *terms.blobs, now=now, deadline=deadline
-            )
+            try:
+                reply = yield from self._ask(
+                    copy.shard,
+                    "admit",
+                    terms.keys(),
+                    terms.said(),
+                    *terms.blobs,
+                    now=now,
+                    deadline=deadline,
+                    doubt=doubt,
+                )
+            except Greeted:
+                continue  # this server may have missed what the last one was told, so the account is read again
             status, now_us, epoch, _, *rest = reply
             match status:
                 case b"moved_on":
@@ -349,7 +381,7 @@ class Verbs:
     ) -> Steps[None]:
         """Bring this process's copy of an account and Redis's together, by the ledger where one is too old."""
         version, needed, gen, plan_version, kept_epoch = kept
-        if copy.version < needed:
+        if copy.version < needed or kept_epoch != epoch:
             copy = yield from self._read(copy.account, at)
         if (version, plan_version, kept_epoch) == (copy.version, copy.plan_version, epoch):
             copy.agree(epoch, gen)
@@ -369,13 +401,12 @@ class Verbs:
             self._copies.pop(copy.account, None)
 
     def _count(self, copy: AccountCopy, frame: Frame, missing: list[Counter], now: datetime | None) -> Steps[None]:
-        """Count counters anew, unless something of the account moves meanwhile."""
+        """Count counters anew, unless what is in them changes meanwhile."""
         shard, account = copy.shard, copy.account
-        moves, gen, counts = yield from self.counted(account, missing)
+        gen, counts = yield from self.counted(account, missing)
         if gen != frame.gen:
             return
         said = {
-            "moves": moves,
             "gen": gen,
             "counters": [
                 [count.total, to_us(counter.window.end), counter.metric, count.shares]
@@ -416,6 +447,7 @@ class Verbs:
         now: datetime | None = None,
         deadline: float = 0,
         opened: bool = True,
+        doubt: _Doubt | None = None,
     ) -> Steps[list[Any]]:
         """Run a script, sending the very same again while there is time and no answer.
 
@@ -426,26 +458,23 @@ class Verbs:
         now_us = None if now is None else to_us(now)
         deadline = deadline or time.monotonic() + self._timeout_s
         trouble: Exception | None = None
-        unknown = False
+        sent = doubt or _Doubt()
         while (left_s := deadline - time.monotonic()) > 0:
             try:
-                floor = (yield from self._floor(shard)) if opened else _Floor(self._wire.era, 0, 0)
+                floor = (yield from self._floor(shard)) if opened else _Floor(self._wire.era)
                 ahead_us = self._wire.ahead_us
                 deadline_us = None if ahead_us is None else int(deadline * 1e6) + ahead_us
                 reply: list[Any] = yield Ask(
                     shard,
                     script,
                     keys,
-                    arguments(said, *blobs, now_us=now_us, deadline_us=deadline_us, floor=(floor.epoch, floor.seq)),
+                    arguments(said, *blobs, now_us=now_us, deadline_us=deadline_us, floor=floor.reached),
                     min(left_s, max(left_s / 2, SHORTEST_ASK_S)),
                     floor.era,
                 )
-                if reply[0] == b"lost":
-                    raise StoreUnavailable(
-                        f"shard {shard} is not in Redis, but the ledger knows its epoch {floor.epoch}: Redis lost its "
-                        "data, and admits nothing until `tallystick quota rebuild`"
-                    )
             except Greeted as exc:
+                if doubt is not None:
+                    raise  # the account is to be read again
                 trouble = trouble or exc
                 continue
             except NotDone as exc:
@@ -453,23 +482,22 @@ class Verbs:
                 yield Pause(min(PAUSE_S, left_s))
                 continue
             except OutcomeUnknown as exc:
-                trouble, unknown = exc, True
+                trouble, sent.unanswered = exc, True
                 continue
-            status, now_us, epoch, seq, *rest = reply
+            status, decided_us, epoch, come, *rest = reply
             if status == b"late":
-                self._wire.heard(now_us)
+                self._wire.heard(decided_us)
                 trouble = NotDone(f"shard {shard} was asked after its deadline")
                 continue
-            if status == b"fenced":
-                message = (
-                    f"shard {shard} of Redis has lost data ({rest[0].decode()}): it admits nothing until "
-                    "`tallystick quota rebuild`"
+            if status in (b"lost", b"fenced"):
+                how = rest[0].decode() if rest else f"it is gone, and was in epoch {floor.reached[0]}"
+                raise StoreUnavailable(
+                    f"shard {shard} of Redis has lost data ({how}): it admits nothing until `tallystick quota rebuild`"
                 )
-                raise OutcomeUnknown(message) if unknown else StoreUnavailable(message)
             if opened:
-                self._raise_floor(shard, epoch, seq)
+                self._floors[shard].raise_to(epoch, come)
             return reply
-        if unknown:
+        if sent.unanswered:
             raise OutcomeUnknown(str(trouble))
         raise StoreUnavailable(f"Redis did not answer within {self._timeout_s:g} s: {trouble}")
 
@@ -503,13 +531,11 @@ class Verbs:
             known = yield Read(partial(epochs.known_of, self._ledger, shard))
             if known is None:
                 known = yield from self._open(shard)
-            epoch, seq = known if floor is None else max(known, (floor.epoch, floor.seq))
-            floor = self._floors[shard] = _Floor(era, epoch, seq)
+            before, floor = floor, _Floor(era, (*known, known[1]))
+            if before is not None:
+                floor.raise_to(before.reached[0], before.reached[2])
+            self._floors[shard] = floor
         return floor
-
-    def _raise_floor(self, shard: int, epoch: int, seq: int) -> None:
-        floor = self._floors[shard]
-        floor.epoch, floor.seq = max((floor.epoch, floor.seq), (epoch, seq))
 
     def _open(self, shard: int) -> Steps[tuple[int, int]]:
         """Open a shard that the ledger does not know."""

@@ -1,6 +1,7 @@
 -- What every verb does first, and what several of them do to a hold.
--- KEYS[1] is the shard. ARGV: the time (empty: the server's own), the server's time past which nothing may be done (or
--- empty), epoch and number that the shard has reached for certain, and what the caller says; then what is handed on as it is.
+-- KEYS[1] is the shard. ARGV: the time (empty: the server's own); the server's time past which nothing may be done (or
+-- empty); what the shard has reached for certain: its epoch, the events in it, and how far it had come; what the caller
+-- says; then what is handed on as it is.
 
 local SHARD = KEYS[1]
 local TAG = #SHARD - #'shard'
@@ -10,11 +11,12 @@ local KEPT_REPLY_MS = 86400 * 1000
 local KEPT_HOLD_MS = 7 * 86400 * 1000
 local KEPT_COUNTER_MS = 60 * 1000
 
-local said = cmsgpack.unpack(ARGV[5])
+local said = cmsgpack.unpack(ARGV[6])
 local clock = redis.call('TIME')
 local server_now = clock[1] * 1000000 + clock[2]
 local now = tonumber(ARGV[1]) or server_now
-local epoch, seq = 0, 0
+-- How far the shard has come: its epoch, and how many events it took and holds it made in that.
+local epoch, come = 0, 0
 
 -- A key of this shard: all begin with its hash tag, so that they are in one slot.
 local function key_of(kind, name)
@@ -23,7 +25,7 @@ end
 
 -- Every reply begins with what became of it, when it was decided, and how far the shard has come.
 local function answer(status, ...)
-    return {status, now, epoch, seq, ...}
+    return {status, now, epoch, come, ...}
 end
 
 local function fence(reason)
@@ -35,13 +37,13 @@ local function opened_shard()
     if ARGV[2] ~= '' and server_now > tonumber(ARGV[2]) then
         return nil, {'late', server_now, 0, 0}
     end
-    local shard = redis.call('HMGET', SHARD, 'epoch', 'seq', 'fenced', 'notice')
+    local shard = redis.call('HMGET', SHARD, 'epoch', 'seq', 'fenced', 'notice', 'held')
     if not shard[1] then
         return nil, answer('lost')
     end
-    epoch, seq = tonumber(shard[1]), tonumber(shard[2])
-    local floor = tonumber(ARGV[3])
-    if epoch < floor or (epoch == floor and seq < tonumber(ARGV[4])) then
+    local seq, floor = tonumber(shard[2]), tonumber(ARGV[3])
+    epoch, come = tonumber(shard[1]), seq + tonumber(shard[5] or 0)
+    if epoch < floor or (epoch == floor and (seq < tonumber(ARGV[4]) or come < tonumber(ARGV[5]))) then
         fence('behind')
         shard[3] = 'behind'
     end
@@ -59,8 +61,8 @@ local function set_arrival(key, arrival, units)
 end
 
 local function append(events, header, body)
-    seq = redis.call('HINCRBY', SHARD, 'seq', 1)
-    header[2], header[3] = epoch, seq
+    header[2], header[3] = epoch, redis.call('HINCRBY', SHARD, 'seq', 1)
+    come = come + 1
     redis.call('XADD', events, '*', 'h', cmsgpack.pack(header), 'e', body)
 end
 
@@ -88,7 +90,8 @@ local function find_id(key)
 end
 
 local function keep_id(key, known, kept_ms)
-    local line = table.concat({known.state, plain(known.at), known.nonce, known.hold or '', known.fingerprint}, ' ')
+    local line = known.state .. ' ' .. plain(known.at) .. ' ' .. known.nonce .. ' ' .. (known.hold or '') .. ' '
+        .. known.fingerprint
     if kept_ms then
         redis.call('SET', key, line, 'PX', kept_ms)
     else
@@ -97,7 +100,7 @@ local function keep_id(key, known, kept_ms)
 end
 
 -- Close an open hold as `state`, and take its units back.
-local function give_back(account, due, hold_id, hold, state)
+local function give_back(due, hold_id, hold, state)
     for _, counter in ipairs(hold.counters) do
         local used = redis.call('GET', counter[1])
         if used then
@@ -116,17 +119,16 @@ local function give_back(account, due, hold_id, hold, state)
         redis.call('DEL', id)
     end
     redis.call('ZREM', due, hold_id)
-    redis.call('HINCRBY', account, 'moves', 1)
     hold.state = state
     keep_hold(hold_id, hold)
 end
 
-local function expire_some(account, due, most)
+local function expire_some(due, most)
     local found = redis.call('ZRANGEBYSCORE', due, '-inf', now, 'LIMIT', 0, most)
     for _, hold_id in ipairs(found) do
         local hold = find_hold(hold_id)
         if hold then
-            give_back(account, due, hold_id, hold, 'expired')
+            give_back(due, hold_id, hold, 'expired')
         else
             redis.call('ZREM', due, hold_id)
         end

@@ -26,20 +26,20 @@ if kept[1] ~= version or kept[2] ~= at_epoch or kept[3] ~= gen or kept[4] ~= pla
     return answer('stale', tonumber(kept[1] or -1), needed, tonumber(kept[3] or 0), tonumber(kept[4] or 0),
         tonumber(kept[2] or 0))
 end
-if only ~= 'look' and kept[7] ~= '' and (kept[7] == 'revoked' or tonumber(kept[7]) <= now) then
+local known = only ~= 'look' and find_id(ID) or nil
+-- Whether this very call was admitted before, and its answer lost.
+local own = known and known.nonce == nonce
+if only ~= 'look' and not own and kept[7] ~= '' and (kept[7] == 'revoked' or tonumber(kept[7]) <= now) then
     return answer('revoked')
 end
 if now < opens or now >= closes then
     return answer('moved_on')
 end
 
-local own = false
 if only ~= 'look' then
-    local known = find_id(ID)
-    own = known and known.nonce == nonce
     local hold = known and not own and known.hold and find_hold(known.hold)
     if hold and hold.state == 'open' and hold.expires <= now then
-        give_back(ACCOUNT, DUE, known.hold, hold, 'expired')
+        give_back(DUE, known.hold, hold, 'expired')
     end
     if known and not own and known.state == 'held' and not (hold and hold.state == 'open') then
         known, hold = nil, nil
@@ -51,7 +51,7 @@ if only ~= 'look' then
         return answer('in_progress', hold.expires - now)
     end
     if not own then
-        expire_some(ACCOUNT, DUE, EXPIRED_PER_ADMISSION)
+        expire_some(DUE, EXPIRED_PER_ADMISSION)
     end
     if known and not own then
         if known.state ~= 'replayed' then
@@ -65,7 +65,7 @@ if only ~= 'look' then
         return answer('unknown')
     end
     -- Every sixteenth event looks: a refused one leaves the number as it is, so all are refused until there is room.
-    if not own and seq % 16 == 0 and redis.call('XLEN', EVENTS) >= MOST_EVENTS then
+    if not own and come % 16 == 0 and redis.call('XLEN', EVENTS) >= MOST_EVENTS then
         return answer('full')
     end
 end
@@ -106,7 +106,7 @@ if only == 'look' then
     return answer('standing', used, arrivals)
 end
 if own then
-    -- This very call was admitted, and its answer was lost: answer as then.
+    -- Answer as then.
     for at, delta in ipairs(deltas) do
         used[at] = subtract(used[at], delta)
     end
@@ -120,7 +120,8 @@ if refused then
 end
 
 for at, delta in ipairs(deltas) do
-    if not is_new[at] and is_small(used[at]) and is_small(delta) then
+    -- Every sixteenth time it is written with its time to live, which heals one that has lost it.
+    if not is_new[at] and come % 16 ~= 0 and is_small(used[at]) and is_small(delta) then
         redis.call('INCRBY', KEYS[FIRST + at], delta)
     else
         redis.call('SET', KEYS[FIRST + at], add(used[at], delta), 'PX',
@@ -130,7 +131,6 @@ end
 for at, arrival in ipairs(next_arrivals) do
     set_arrival(KEYS[FIRST + #deltas + at], arrival, tonumber(rates[2 * at - 1]))
 end
-redis.call('HINCRBY', ACCOUNT, 'moves', 1)
 
 local known = {state = 'billed', nonce = nonce, at = now, hold = '', fingerprint = fingerprint}
 if new_hold then
@@ -146,13 +146,16 @@ if new_hold then
         hold.rates[at] = {KEYS[FIRST + #deltas + at], rates[2 * at - 1], increment, next_arrivals[at]}
     end
     keep_hold(hold_id, hold)
+    -- No event says that it was made: a server that has lost it is known by this number.
+    redis.call('HINCRBY', SHARD, 'held', 1)
+    come = come + 1
     redis.call('ZADD', DUE, hold.expires, hold_id)
     redis.call('ZADD', DUE_ACCOUNTS, 'LT', hold.expires, account)
     known.state, known.hold = 'held', hold_id
 else
-    append(EVENTS, {'event', 0, 0, now, event_id, true, false}, ARGV[6])
-    if ARGV[7] ~= '' then
-        redis.call('SET', REPLY, ARGV[7], 'PX', KEPT_REPLY_MS)
+    append(EVENTS, {'event', 0, 0, now, event_id, true, false}, ARGV[7])
+    if ARGV[8] ~= '' then
+        redis.call('SET', REPLY, ARGV[8], 'PX', KEPT_REPLY_MS)
     end
 end
 keep_id(ID, known, (keyed or new_hold) and KEPT_ID_MS or KEPT_UNKEYED_MS)

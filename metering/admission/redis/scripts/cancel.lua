@@ -11,7 +11,7 @@ if said.hold then
     if not hold or hold.state ~= 'open' then
         return answer('nothing')
     end
-    give_back(ACCOUNT, DUE, said.hold, hold, 'released')
+    give_back(DUE, said.hold, hold, 'released')
     return answer('undone')
 end
 local known = find_id(ID)
@@ -20,6 +20,5 @@ if said.keyed and (not known or known.nonce ~= said.nonce or known.state == 'rep
 end
 redis.call('DEL', ID)
 recount(ACCOUNT)
-redis.call('HINCRBY', ACCOUNT, 'moves', 1)
-append(EVENTS, {'cancel', 0, 0, now, said.event_id, false, false}, ARGV[6])
+append(EVENTS, {'cancel', 0, 0, now, said.event_id, false, false}, ARGV[7])
 return answer('undone')

@@ -8,7 +8,7 @@ end
 local expired = 0
 for _, account in ipairs(redis.call('ZRANGEBYSCORE', DUE_ACCOUNTS, '-inf', now, 'LIMIT', 0, said.most)) do
     local due = key_of('due:', account)
-    expired = expired + expire_some(key_of('account:', account), due, said.most)
+    expired = expired + expire_some(due, said.most)
     local first = redis.call('ZRANGE', due, 0, 0, 'WITHSCORES')
     if first[2] then
         redis.call('ZADD', DUE_ACCOUNTS, first[2], account)

@@ -1,5 +1,5 @@
--- What a count of an account's counters needs from here: its open holds, and a number that tells whether anything moved
--- since. KEYS: shard, account, open holds of the account.
+-- What a count of an account's counters needs from here: which of them are current, and the open holds.
+-- KEYS: shard, account, open holds of the account.
 local ACCOUNT, DUE = KEYS[2], KEYS[3]
 
 local shard, nothing = opened_shard()
@@ -13,5 +13,4 @@ for _, hold_id in ipairs(redis.call('ZRANGE', DUE, 0, -1)) do
         holds[#holds + 1] = {hold_id, packed}
     end
 end
-local kept = redis.call('HMGET', ACCOUNT, 'moves', 'gen')
-return answer('seen', tonumber(kept[1] or 0), tonumber(kept[2] or 0), holds)
+return answer('seen', tonumber(redis.call('HGET', ACCOUNT, 'gen') or 0), holds)

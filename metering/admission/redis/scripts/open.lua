@@ -3,7 +3,7 @@ epoch = tonumber(redis.call('HGET', SHARD, 'epoch') or 0)
 if epoch < said.epoch then
     epoch = said.epoch
     redis.call('HSET', SHARD, 'epoch', epoch, 'seq', 0)
-    redis.call('HDEL', SHARD, 'fenced')
+    redis.call('HDEL', SHARD, 'fenced', 'held')
 end
-seq = tonumber(redis.call('HGET', SHARD, 'seq'))
+come = tonumber(redis.call('HGET', SHARD, 'seq'))
 return answer('open')

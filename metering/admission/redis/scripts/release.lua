@@ -1,5 +1,5 @@
 -- Give an open hold's quota back, without an event. KEYS: shard, account, open holds of the account.
-local ACCOUNT, DUE = KEYS[2], KEYS[3]
+local DUE = KEYS[3]
 
 local shard, nothing = opened_shard()
 if not shard then
@@ -12,5 +12,5 @@ end
 if hold.state ~= 'open' then
     return answer(hold.state)
 end
-give_back(ACCOUNT, DUE, said.hold, hold, 'released')
+give_back(DUE, said.hold, hold, 'released')
 return answer('given_back')

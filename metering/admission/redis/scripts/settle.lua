@@ -42,7 +42,6 @@ for _, rate in ipairs(hold and hold.rates or {}) do
     end
 end
 
-redis.call('HINCRBY', ACCOUNT, 'moves', 1)
 redis.call('ZREM', DUE, said.hold)
 keep_hold(said.hold, {
     state = 'settled', event_id = said.event_id, digest = said.digest, settled_as = event_id, billable = billable,
@@ -52,12 +51,12 @@ if billable then
     if said.keyed then
         local mark = {state = 'billed', nonce = said.hold, hold = said.hold, fingerprint = said.fingerprint, at = now}
         keep_id(ID, mark, KEPT_ID_MS)
-        if ARGV[7] ~= '' then
-            redis.call('SET', REPLY, ARGV[7], 'PX', KEPT_REPLY_MS)
+        if ARGV[8] ~= '' then
+            redis.call('SET', REPLY, ARGV[8], 'PX', KEPT_REPLY_MS)
         end
     else
         redis.call('DEL', ID)
     end
 end
-append(EVENTS, {'event', 0, 0, said.admitted, event_id, billable, late}, ARGV[6])
+append(EVENTS, {'event', 0, 0, said.admitted, event_id, billable, late}, ARGV[7])
 return answer('settled', event_id, billable, late, false)
