@@ -42,8 +42,9 @@ lock: $(BIN)/uv  ## renew requirements.lock (UPGRADE=1 takes newer versions)
 		$(if $(UPGRADE),--upgrade) --all-extras --group jobs --group dev pyproject.toml --output-file requirements.lock
 
 ROUNDS ?= 50
-faults: setup  ## kill import and flows ROUNDS times (default 50) and compare the totals
-	TALLYSTICK_FAULT_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest -q tests/faults --timeout 3600
+FAULTS ?= tests/faults
+faults: setup  ## kill everything ROUNDS times (default 50) and compare what is left
+	TALLYSTICK_FAULT_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest -q $(FAULTS) --timeout 3600
 
 bench: setup  ## figures beside a floor and a peer
 	$(BIN)/python -m benchmarks $(ARGS)

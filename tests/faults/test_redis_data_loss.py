@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
-FEW = 5
+FEW = 3
 ROUNDS = int(os.environ.get("TALLYSTICK_FAULT_ROUNDS", FEW))
 SHARD = shard_of("acme")
 SAYS_SO = "`tallystick quota rebuild`"

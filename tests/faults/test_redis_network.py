@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from tests.conftest import Clock
 
-ROUNDS = int(os.environ.get("TALLYSTICK_FAULT_ROUNDS", "5"))
+ROUNDS = int(os.environ.get("TALLYSTICK_FAULT_ROUNDS", "3"))
 CALLS = 400 * ROUNDS
 TIMEOUT_S = 0.25
 HANG_S = 5.0
@@ -378,6 +378,31 @@ def test_a_server_that_may_evict_is_refused_unless_that_is_allowed(
             with pytest.raises(InvalidSetting, match=r"^maxmemory-policy: got 'allkeys-lru', expected noeviction"):
                 meter.consume(secret, line="a")
         assert callers.open(place).consume(secret, line="a").remaining == 9
+
+
+def test_a_settle_that_meets_such_a_server_is_kept_until_it_is_mended(
+    place_at: Callable[..., Place], callers: Callers
+) -> None:
+    with (
+        RedisServer() as server,
+        Proxy(server.port) as proxy,
+        place_at(proxy.url) as place,
+        server.client() as client,
+    ):
+        secret = place.open_account(per("month", 10))
+        meter = callers.open(place)
+        hold = meter.reserve(secret, line="a", request_id="call")
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        proxy.refuse()
+        proxy.resume()
+        assert hold.settle().pending
+        with pytest.raises(InvalidSetting):
+            meter.consume(secret, line="a")
+        client.config_set("maxmemory-policy", "noeviction")
+        wait_until(lambda: not place.waiting(), "the meter's own thread to carry it")
+        assert place.drain().inserted == 1
+        assert place.bill() == {"call": (1, 0, 1)}
+        place.assert_sound()
 
 
 @pytest.mark.parametrize("given", ["wrong sésame", None])

@@ -13,7 +13,7 @@ from metering.admission.redis.drive import drive_async
 from metering.admission.redis.link import Link
 from metering.admission.redis.verbs import Undecided, Verbs
 from metering.clock import utc_now
-from metering.errors import StoreUnavailable
+from metering.errors import InvalidSetting, StoreUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -74,7 +74,7 @@ class AsyncRedisStore:
         order = await drive_async(self._verbs.order_of(settlement), self.link)
         try:
             settled = await drive_async(self._verbs.carry_out(order, now), self.link)
-        except StoreUnavailable:
+        except (InvalidSetting, StoreUnavailable):
             await asyncio.to_thread(self._courier.keep_settle, order)
             settled = Settled(event_id=settlement.hold.event_id, billable=True, late=False, pending=True)
         if not settled.repeated:

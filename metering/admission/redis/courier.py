@@ -20,7 +20,7 @@ from metering.admission.redis.verbs import Verbs
 from metering.admission.rows import log_row
 from metering.admission.statements import statements
 from metering.clock import utc_now
-from metering.errors import SettleConflict, StoreUnavailable
+from metering.errors import InvalidSetting, SettleConflict, StoreUnavailable
 from metering.spool import Spool
 
 if TYPE_CHECKING:
@@ -136,7 +136,9 @@ class Courier:
             return not self.ship().kept
         except StoreUnavailable as exc:
             logger.warning("what waits in the spool cannot be carried now: %s", exc)
-            return False
+        except Exception:
+            logger.exception("what waits in the spool cannot be carried")
+        return False
 
     def _deliver(self, lines: list[Line]) -> list[Line]:
         """Carry lines; those that Redis cannot be told now stay."""
@@ -157,7 +159,7 @@ class Courier:
                 continue
             try:
                 drive(self._verbs.carry_out(order) if line.kind == "settle" else self._verbs.cancel(order), self._link)
-            except StoreUnavailable:
+            except (InvalidSetting, StoreUnavailable):
                 away.add(shard)
                 left.append(line)
             except SettleConflict:

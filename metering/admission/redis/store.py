@@ -11,7 +11,7 @@ from metering.admission.redis.link import Link
 from metering.admission.redis.shards import check_counters
 from metering.admission.redis.verbs import Undecided, Verbs
 from metering.admission.sql import SqlStore
-from metering.errors import StoreUnavailable
+from metering.errors import InvalidSetting, StoreUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -75,7 +75,7 @@ class RedisStore:
         order = drive(self._verbs.order_of(settlement), self.link)
         try:
             settled = drive(self._verbs.carry_out(order, now), self.link)
-        except StoreUnavailable:
+        except (InvalidSetting, StoreUnavailable):
             self._courier.keep_settle(order)
             settled = Settled(event_id=settlement.hold.event_id, billable=True, late=False, pending=True)
         if not settled.repeated:

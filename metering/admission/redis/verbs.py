@@ -33,6 +33,7 @@ from metering.admission.redis.stream import encode, events_key
 from metering.admission.redis.wire import Greeted, NotDone, OutcomeUnknown
 from metering.clock import utc_now
 from metering.errors import (
+    InvalidSetting,
     SettleConflict,
     StoreUnavailable,
     UnknownKey,
@@ -128,7 +129,7 @@ class Verbs:
         try:
             terms, reply = yield from self._agreed(known.account, asker.question, now or self._told_now(), doubt)
             return asker.decision(terms, reply)
-        except (OutcomeUnknown, StoreUnavailable) as exc:
+        except (InvalidSetting, OutcomeUnknown, StoreUnavailable) as exc:
             if not doubt.unanswered:
                 raise
             raise Undecided(
