@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from urllib.parse import quote
 
 import pytest
@@ -50,7 +50,8 @@ HANG_S = 5.0
 spawn = multiprocessing.get_context("spawn")
 
 
-class Callers(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Callers:
     """How an app calls: `count` threads on a Meter, or as many tasks on one event loop with an AsyncMeter."""
 
     count: int
@@ -416,7 +417,7 @@ def test_a_wrong_password_is_said_and_not_shown(
         meter = callers.open(place, quota_url=f"redis://{login}{HOST}:{server.port}")
         with pytest.raises(StoreUnavailable, match=f"^Redis at {HOST}:{server.port} refuses this login: ") as raised:
             meter.consume(secret, line="a")
-        said, error = [caplog.text, repr(meter)], raised.value
+        said, error = [caplog.text, repr(meter)], cast("BaseException | None", raised.value)
         while error is not None:
             said.append(f"{error!r} {error}")
             error = error.__cause__ or error.__context__

@@ -12,6 +12,7 @@ import os
 from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from hiredis import pack_command
 from redis import exceptions as errors
@@ -47,14 +48,15 @@ _CLASSES: dict[Any, Any] = {
 
 
 class AsyncLink(Servers):
-    """As `Link`, for one event loop at a time. No call is ever sent twice from here."""
+    """As `Link`, for any number of event loops. No call is ever sent twice from here."""
 
     def __init__(self, url: str, *, timeout_s: float, allow_eviction: bool = False) -> None:
         super().__init__(allow_eviction=allow_eviction)
         self.timeout_s = timeout_s
         self._topology = Topology(url)
-        self._lanes: dict[Address, _Lane] = {}
-        self._owner: tuple[int, Any] = (os.getpid(), None)
+        self._lanes: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Address, _Lane]] = WeakKeyDictionary()
+        """Connections belong to the loop that made them."""
+        self._pid = os.getpid()
 
     async def script(
         self,
@@ -85,9 +87,8 @@ class AsyncLink(Servers):
         return await self._ask(address, command, deadline, era)
 
     async def aclose(self) -> None:
-        """Close every connection. The next call connects again."""
-        lanes, self._lanes = self._lanes, {}
-        for lane in lanes.values():
+        """Close every connection of the running loop. The next call connects again."""
+        for lane in self._lanes.pop(asyncio.get_running_loop(), {}).values():
             await lane.aclose()
 
     async def _ask(self, address: Address, command: Sequence[Any], deadline: float, era: int | None = None) -> Any:
@@ -103,24 +104,23 @@ class AsyncLink(Servers):
             raise
         except errors.ResponseError as exc:
             self._topology.forget()
-            meaning = meaning_of(exc, where)
-            if isinstance(meaning, NotDone):
-                lane.break_off(exc)
-            raise meaning from exc
+            if isinstance(exc, errors.ReadOnlyError):
+                lane.break_off(exc)  # it was the master: whoever is now may answer at the same address
+            raise meaning_of(exc, where) from exc
         except (errors.RedisError, OSError) as exc:
             self._topology.forget()
             raise meaning_of(exc, where) from exc
 
     def _lane(self, address: Address) -> _Lane:
-        owner = (os.getpid(), asyncio.get_running_loop())
-        if self._owner != owner:
-            self._lanes, self._owner = {}, owner  # connections belong to the loop, and the process, that made them
-        lane = self._lanes.get(address)
+        if self._pid != os.getpid():
+            self._lanes, self._pid = WeakKeyDictionary(), os.getpid()  # the parent's connections are the parent's
+        lanes = self._lanes.setdefault(asyncio.get_running_loop(), {})
+        lane = lanes.get(address)
         if lane is None or lane.is_broken:
             # Deadlines are ours: redis-py would wrap everything it sends into a task that watches its own.
             options = {**self._topology.connection_options(self.timeout_s), "socket_timeout": None}
             connection = _CLASSES[self._topology.connection_class](host=address.host, port=address.port, **options)
-            lane = self._lanes[address] = _Lane(connection, partial(self.greeted, address), self.timeout_s)
+            lane = lanes[address] = _Lane(connection, partial(self.greeted, address), self.timeout_s)
         return lane
 
     async def _open(self, lane: _Lane, address: Address, deadline: float) -> None:

@@ -121,6 +121,8 @@ class Verbs:
         self._copies: dict[str, AccountCopy] = {}
         self._plans: dict[int, Plan] = {}
         self._floors: dict[int, _Floor] = {}
+        self._counting: set[str] = set()
+        """Accounts whose counters are being counted."""
 
     def admit(self, admission: Admission, now: datetime | None = None) -> Steps[Decision]:
         """See `AdmissionStore.admit`. Raises `Undecided` where no answer came."""
@@ -372,7 +374,7 @@ class Verbs:
                     if counts > MOST_COUNTS:
                         raise StoreUnavailable(f"the counters of account {account!r} are being counted: ask again")
                     counters = list(terms.frame.counters)
-                    yield from self._count(copy, terms.frame, [counters[place - 1] for place in rest[0]], now)
+                    yield from self._count_once(copy, terms.frame, [counters[place - 1] for place in rest[0]], now)
                     deadline = time.monotonic() + self._timeout_s
                 case _:
                     return terms, reply
@@ -400,6 +402,19 @@ class Verbs:
             copy.agree(epoch, gen)
         else:
             self._copies.pop(copy.account, None)
+
+    def _count_once(self, copy: AccountCopy, frame: Frame, missing: list[Counter], now: datetime | None) -> Steps[None]:
+        """Count, or wait while another call of this process counts for the same account: the count serves both."""
+        account = copy.account
+        if account in self._counting:
+            while account in self._counting:
+                yield Pause(PAUSE_S)
+            return
+        self._counting.add(account)
+        try:
+            yield from self._count(copy, frame, missing, now)
+        finally:
+            self._counting.discard(account)
 
     def _count(self, copy: AccountCopy, frame: Frame, missing: list[Counter], now: datetime | None) -> Steps[None]:
         """Count counters anew, unless what is in them changes meanwhile."""
