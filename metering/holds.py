@@ -189,7 +189,8 @@ class Hold(HeldCall):
 
         What is not given here stays as `reserve` was told, but for the usage: an estimate is not a cost. The same
         settle twice is one; another one raises `SettleConflict`. Raises `InvalidEvent` for usage that cannot be or is
-        left out, and for a provider or model left out that a rate of the plan needs.
+        left out, and for a provider or model left out that a rate of the plan needs. While Redis is away it is
+        not lost: it waits in the spool (`Settled.pending`), and is told once Redis is back.
         """
         settlement = self._real_cost(
             usage,

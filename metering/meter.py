@@ -267,7 +267,8 @@ class Meter:
     ) -> Correction:
         """Book a reversal of a billed event, and a full replacement; None keeps a value. Twice the same is once.
 
-        Raises `UnknownEvent`, and `CorrectionConflict` where other values replaced that event before.
+        Raises `UnknownEvent` (also for one that Redis has and the drain has not brought yet), and `CorrectionConflict`
+        where other values replaced that event before.
         """
         if not isinstance(event_id, UUID):
             raise InvalidEvent("event_id", event_id, "a UUID")
