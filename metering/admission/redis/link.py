@@ -101,7 +101,12 @@ class Link(Servers):
             raise Greeted(f"Redis at {address.host}:{address.port} is another server than before")
         try:
             connection.send_packed_command((pack_command(tuple(command)),), check_health=False)
-            reply = connection.read_response(disable_decoding=True, timeout=max(deadline - time.monotonic(), 0.001))
+            left_s = deadline - time.monotonic()
+            # To set another timeout for one read costs two system calls more than the read.
+            if left_s > connection.socket_timeout:
+                reply = connection.read_response(disable_decoding=True)
+            else:
+                reply = connection.read_response(disable_decoding=True, timeout=max(left_s, 0.001))
         except errors.NoScriptError:
             self._idle[address].append(connection)
             raise
@@ -126,12 +131,15 @@ class Link(Servers):
             return self._idle[address].pop()
         except IndexError:
             pass
-        options = self._topology.connection_options(max(deadline - time.monotonic(), 0.003))
+        options = self._topology.connection_options(self.timeout_s)
         connection = (self._topology.connection_class or Connection)(host=address.host, port=address.port, **options)
         try:
             connection.connect()
             connection.send_packed_command(connection.pack_commands(GREETING), check_health=False)
-            greeting = read_greeting([connection.read_response(disable_decoding=True) for _ in GREETING])
+            left_s = max(deadline - time.monotonic(), 0.001)
+            greeting = read_greeting(
+                [connection.read_response(disable_decoding=True, timeout=left_s) for _ in GREETING]
+            )
         except (errors.RedisError, OSError) as exc:
             self._lost(address, connection, exc)
             meaning = meaning_of(exc, f"{address.host}:{address.port}")

@@ -183,10 +183,10 @@ class Topology:
         self._nodes = nodes
 
     def connection_options(self, timeout_s: float) -> dict[str, Any]:
-        """What a connection of redis-py is made with. A part of the timeout each, so that all of it is not exceeded."""
+        """What a connection of redis-py is made with: parts of the timeout, since a call may connect and read in it."""
         return {
             **self.options,
-            "socket_timeout": timeout_s / 3,
+            "socket_timeout": 0.45 * timeout_s,
             "socket_connect_timeout": timeout_s / 3,
             "retry": Retry(NoBackoff(), 0),
             "protocol": 2,
