@@ -103,7 +103,7 @@ class Link(Servers):
             connection.send_packed_command((pack_command(tuple(command)),), check_health=False)
             left_s = deadline - time.monotonic()
             # To set another timeout for one read costs two system calls more than the read.
-            if left_s > connection.socket_timeout:
+            if left_s > (connection.socket_timeout or 0):
                 reply = connection.read_response(disable_decoding=True)
             else:
                 reply = connection.read_response(disable_decoding=True, timeout=max(left_s, 0.001))
