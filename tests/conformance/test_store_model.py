@@ -199,5 +199,5 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 def test_the_store_agrees_with_the_model(open_shop: Callable[..., Any], request: pytest.FixtureRequest) -> None:
-    examples = 40 if "[sqlite]" in request.node.name else 12  # the others pay a round trip for each step
+    examples = 40 if "[sqlite]" in request.node.name else 6  # the others pay a round trip for each step
     run_machine(lambda: StoreMachine(open_shop), settings=settings(max_examples=examples, stateful_step_count=30))

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from tests.conftest import Clock
 
-ROUNDS = int(os.environ.get("TALLYSTICK_FAULT_ROUNDS", "3"))
+ROUNDS = int(os.environ.get("TALLYSTICK_FAULT_ROUNDS", "2"))
 CALLS = 400 * ROUNDS
 TIMEOUT_S = 0.25
 HANG_S = 5.0
