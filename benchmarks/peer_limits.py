@@ -1,4 +1,4 @@
-"""`limits` (https://pypi.org/project/limits), in a process and an environment of its own: see `peer`.
+"""The package `limits`, in a process and an environment of its own: see `peer`.
 
     python -m benchmarks.peer_limits REDIS_URL threads|redispy|coredis CALLERS
 

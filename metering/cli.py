@@ -581,7 +581,7 @@ class _Told:
 
     def wait(self, timeout: float, /) -> None:
         if not self._is_set:
-            time.sleep(timeout)
+            time.sleep(timeout)  # between two drains; a signal meanwhile is heeded when it is over
 
     def restore(self) -> None:
         for number, before in self._before.items():

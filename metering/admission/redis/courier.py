@@ -87,14 +87,20 @@ class Courier:
         event_id: UUID | None,
         hold_id: UUID | None = None,
     ) -> None:
-        """Keep a row of the request log, where there is something to log. Lost in a power cut, not in a kill."""
+        """Keep a row of the request log, where there is something to log. Lost in a power cut, not in a kill.
+
+        Never raises for a spool that cannot be written: the call is decided already, and needs no log to be billed.
+        """
         if bodies.request is None and bodies.response is None and call.error is None:
             return
         known = {"event_id": None if event_id is None else event_id.hex, "account": account, "key_id": key_id}
         row = log_row(known, call, bodies, self._clock(), hold_id)
         named = event_id or hold_id
         assert named is not None
-        self._keep("log", named, msgspec.msgpack.encode(row), durable=False)
+        try:
+            self._keep("log", named, msgspec.msgpack.encode(row), durable=False)
+        except StoreUnavailable:
+            logger.exception("the request log of call %s is dropped", named)
 
     def ship(self) -> Shipped:
         """Carry what waits, also of processes that are gone. Raises `StoreUnavailable` where the ledger is away."""

@@ -65,6 +65,7 @@ def _do(step: Ask | Call | Read | Pause, link: Link) -> Any:
         case Read():
             return step.work()
         case Pause():
+            # Nothing tells when a server is back, or another call has counted; whoever asks has a deadline.
             return time.sleep(step.seconds)
         case Call():
             return link.call(step.shard, *step.command, timeout_s=step.timeout_s)
