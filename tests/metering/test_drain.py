@@ -121,7 +121,7 @@ class Stream:
         seq = self.number()
         occurred_us = (at - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
         header = Header(kind, self.epoch, seq, occurred_us, event_id.hex, billable, late)
-        self.put(encode(header), encode(msgspec.structs.replace(PLAIN, **said)))
+        self.put(msgspec.json.encode(header), encode(msgspec.structs.replace(PLAIN, **said)))
         return event_id
 
     def cancel(self, event_id: UUID) -> None:
@@ -304,7 +304,7 @@ def test_what_a_newer_app_adds_at_the_end_is_left_out(ledger: Ledger, drain: Dra
     header = ["event", 1, stream.number(), 0, "a" * 32, True, False, "new"]
     body = [*msgspec.structs.astuple(PLAIN), "new", 5]
     stream.client.xadd(
-        stream.key, {b"h": msgspec.msgpack.encode(header), b"e": msgspec.msgpack.encode(body), b"x": b"new"}
+        stream.key, {b"h": msgspec.json.encode(header), b"e": msgspec.msgpack.encode(body), b"x": b"new"}
     )
     assert counts(drain.run()) == {"inserted": 1}
     assert ids(ledger) == [UUID("a" * 32)]
@@ -509,7 +509,7 @@ def damaged_event(stream: Stream) -> tuple[bytes, bytes]:
 
 def header_of(stream: Stream, **changes: Any) -> bytes:
     header = Header("event", 1, stream.number(), 0, "b" * 32, billable=True, late=False)
-    return encode(msgspec.structs.replace(header, **changes))
+    return msgspec.json.encode(msgspec.structs.replace(header, **changes))
 
 
 def saying(**changes: Any) -> Callable[[Stream], tuple[bytes, bytes]]:

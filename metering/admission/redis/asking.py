@@ -15,7 +15,6 @@ from metering.admission.counters import units_of
 from metering.admission.decide import asked_of, missing_name, refusing, weigh
 from metering.admission.protocol import Decision, HoldTicket, Standing
 from metering.admission.redis.copies import from_us, rate_increment, scaled, unscaled
-from metering.admission.redis.keys import shard_key
 from metering.admission.redis.stream import StreamedEvent, encode
 from metering.billing.money import EXACT
 from metering.errors import IdempotencyConflict, IdempotencyInProgress, InvalidEvent, RevokedKey, StoreUnavailable
@@ -53,16 +52,10 @@ class Terms:
     units: Mapping[str, int | Decimal]
     more: tuple[Any, ...]
     """What else the script is told, after the frame and the amounts."""
-    id_keys: tuple[str, str]
-    """Of what is kept of the id, and of its reply."""
     blobs: tuple[bytes, ...] = ()
     """The event and the reply."""
     refusal: InvalidEvent | None = None
     """Why it cannot be asked, unless it is a replay."""
-
-    def keys(self) -> tuple[str, ...]:
-        """The keys the script is told."""
-        return (*self.frame.first_keys, *self.id_keys, *self.frame.last_keys)
 
     def said(self) -> list[Any]:
         """What the script is told, in the order of `admit.lua`."""
@@ -123,7 +116,6 @@ class Asker:
                 fingerprint=admission.fingerprint,
             )
         )
-        named = self._event_id.hex
         terms = Terms(
             copy,
             frame,
@@ -131,7 +123,6 @@ class Asker:
             (),
             self._units,
             self._more(frame),
-            (shard_key(copy.shard, f"id:{named}"), shard_key(copy.shard, f"reply:{named}")),
             (self._event, reply_body(admission.bodies.replay)),
         )
         try:

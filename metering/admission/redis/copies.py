@@ -12,7 +12,7 @@ import msgspec
 import sqlalchemy as sa
 
 from metering.admission.decide import Counter, RateCounter, counter_of, rate_counter_of
-from metering.admission.redis.keys import account_keys, counter_key, rate_key, shard_key, shard_of
+from metering.admission.redis.keys import account_keys, counter_key, rate_key, shard_of
 from metering.billing.money import EXACT
 from metering.ledger import outbox
 from metering.ledger.schema import account_plans, accounts, api_keys, plan_versions
@@ -101,9 +101,8 @@ class Frame:
     __slots__ = (
         "closes_us",
         "counters",
-        "first_keys",
         "gen",
-        "last_keys",
+        "keys",
         "of_plan",
         "opens_us",
         "period",
@@ -144,11 +143,11 @@ class Frame:
             )
             assert limit.max is not None
             allowed.append((list(self.counters).index(counter) + 1, scaled(limit.metric, limit.max)))
-        self.first_keys = (
+        self.keys = (
             *account_keys(shard, copy.account, "shard", "events"),
-            shard_key(shard, "due"),
+            *self.counters.values(),
+            *self.rates.values(),
         )
-        self.last_keys = (*self.counters.values(), *self.rates.values())
         windows = [(to_us(counter.window.start), to_us(counter.window.end)) for counter in self.counters]
         of_rates = [(rate_multiplier(rate), str(tolerances[rate])) for rate in self.rates]
         said = (

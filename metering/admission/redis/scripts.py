@@ -12,7 +12,7 @@ import msgspec
 
 __all__ = ["Script", "arguments", "script"]
 
-_SHARED = ("_numbers", "_shard")
+_SHARED = ("_numbers", "_shard", "_holds")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """What a shard's stream carries: each entry is a header, written by the script, and an event, written by the caller.
 
-Both are msgpack arrays. An array may grow at its end, so that an older drainer reads what a newer app wrote.
+Both are arrays: the header in JSON, which a script writes fastest, and the event in msgpack. An array may grow at its
+end, so that an older drainer reads what a newer app wrote.
 """
 
 from __future__ import annotations
@@ -76,14 +77,14 @@ class StreamedEvent(msgspec.Struct, array_like=True, frozen=True, gc=False):
     fingerprint: str | None
 
 
-_headers = msgspec.msgpack.Decoder(Header)
+_headers = msgspec.json.Decoder(Header)
 _events = msgspec.msgpack.Decoder(StreamedEvent)
 _encoder = msgspec.msgpack.Encoder()
 
 
-def encode(part: Header | StreamedEvent) -> bytes:
-    """One field of an entry."""
-    return _encoder.encode(part)
+def encode(event: StreamedEvent) -> bytes:
+    """The event of an entry."""
+    return _encoder.encode(event)
 
 
 def decode_header(packed: bytes) -> Header:

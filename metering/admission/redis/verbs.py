@@ -106,8 +106,7 @@ class Verbs(Inquirer):
             frame = Frame(copy, limits, key_id or "", at)
             asked = [(limit, 0) for limit in limits]
             more = ("", "", "", False, "look", False)
-            id_keys = (shard_key(copy.shard, "id:"), shard_key(copy.shard, "reply:"))
-            return Terms(copy, frame, key_id or "", asked, NOTHING, more, id_keys)
+            return Terms(copy, frame, key_id or "", asked, NOTHING, more)
 
         try:
             terms, reply = yield from self._agreed(account, question, now or self._told_now(), Doubt())
@@ -300,7 +299,7 @@ class Verbs(Inquirer):
                 reply = yield from self._ask(
                     copy.shard,
                     "admit",
-                    terms.keys(),
+                    terms.frame.keys,
                     terms.said(),
                     *terms.blobs,
                     now=now,

@@ -149,6 +149,14 @@ local function greater(a, b)
     return compare(a, b) > 0 and a or b
 end
 
+-- Whether so much more is above the most there may be.
+local function exceeds(used, more, most)
+    if is_small(used) and is_small(more) and is_small(most) then
+        return used + more > tonumber(most)
+    end
+    return compare(add(used, more), most) > 0
+end
+
 -- Of two numbers that are not negative.
 local function multiply(a, b)
     return of_large().multiply(a, b)

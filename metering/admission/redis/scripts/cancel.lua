@@ -2,16 +2,17 @@
 -- KEYS: shard, events, account, open holds of the account, id. ARGV: what is undone, the event.
 local EVENTS, ACCOUNT, DUE, ID = KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 
-local shard, nothing = opened_shard()
-if not shard then
+local nothing = not_open()
+if nothing then
     return nothing
 end
+local holds = of_holds()
 if said.hold then
-    local hold = find_hold(said.hold)
+    local hold = holds.find(said.hold)
     if not hold or hold.state ~= 'open' then
         return answer('nothing')
     end
-    give_back(DUE, said.hold, hold, 'released')
+    holds.give_back(DUE, said.hold, hold, 'released')
     return answer('undone')
 end
 local known = find_id(ID)
@@ -20,5 +21,5 @@ if said.keyed and (not known or known.nonce ~= said.nonce or known.state == 'rep
 end
 redis.call('DEL', ID)
 recount(ACCOUNT)
-append(EVENTS, {'cancel', 0, 0, now, said.event_id, false, false}, ARGV[7])
+append(EVENTS, 'cancel', plain(now), said.event_id, false, false, ARGV[7])
 return answer('undone')

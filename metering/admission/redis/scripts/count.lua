@@ -4,21 +4,22 @@
 local ACCOUNT = KEYS[2]
 local FIRST = 2
 
-local shard, nothing = opened_shard()
-if not shard then
+local nothing = not_open()
+if nothing then
     return nothing
 end
+local holds = of_holds()
 if tonumber(redis.call('HGET', ACCOUNT, 'gen') or 0) ~= said.gen then
     return answer('moved')
 end
-local holds = {}
+local shared = {}
 for _, counter in ipairs(said.counters) do
     for _, share in ipairs(counter[4]) do
-        local hold = holds[share[1]] or find_hold(share[1])
+        local hold = shared[share[1]] or holds.find(share[1])
         if not hold or hold.state ~= 'open' then
             return answer('moved')
         end
-        holds[share[1]] = hold
+        shared[share[1]] = hold
     end
 end
 for at, counter in ipairs(said.counters) do
@@ -26,14 +27,14 @@ for at, counter in ipairs(said.counters) do
     if redis.call('EXISTS', key) == 0 then
         redis.call('SET', key, counter[1], 'PX', math.max(1, math.ceil((counter[2] - now) / 1000)) + KEPT_COUNTER_MS)
         for _, share in ipairs(counter[4]) do
-            local hold = holds[share[1]]
+            local hold = shared[share[1]]
             local is_noted = false
             for _, noted in ipairs(hold.counters) do
                 is_noted = is_noted or noted[1] == key
             end
             if not is_noted then
                 table.insert(hold.counters, {key, share[2], counter[3]})
-                keep_hold(share[1], hold)
+                holds.keep(share[1], hold)
             end
         end
     end

@@ -1,8 +1,8 @@
 -- Keep a copy of an account as the ledger has it, unless a newer one is here. KEYS: shard, account.
 local ACCOUNT = KEYS[2]
 
-local shard, nothing = opened_shard()
-if not shard then
+local nothing = not_open()
+if nothing then
     return nothing
 end
 local kept = redis.call('HMGET', ACCOUNT, 'version', 'epoch', 'plan', 'placed', 'gen')

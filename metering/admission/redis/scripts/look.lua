@@ -2,15 +2,15 @@
 -- KEYS: shard, account, open holds of the account.
 local ACCOUNT, DUE = KEYS[2], KEYS[3]
 
-local shard, nothing = opened_shard()
-if not shard then
+local nothing = not_open()
+if nothing then
     return nothing
 end
-local holds = {}
+local found = {}
 for _, hold_id in ipairs(redis.call('ZRANGE', DUE, 0, -1)) do
-    local packed = redis.call('GET', hold_key(hold_id))
+    local packed = redis.call('GET', key_of('hold:', hold_id))
     if packed then
-        holds[#holds + 1] = {hold_id, packed}
+        found[#found + 1] = {hold_id, packed}
     end
 end
-return answer('seen', tonumber(redis.call('HGET', ACCOUNT, 'gen') or 0), holds)
+return answer('seen', tonumber(redis.call('HGET', ACCOUNT, 'gen') or 0), found)

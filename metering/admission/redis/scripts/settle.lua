@@ -2,11 +2,12 @@
 -- KEYS: shard, events, account, open holds of the account, id, reply. ARGV: what is settled, the event, the reply.
 local EVENTS, ACCOUNT, DUE, ID, REPLY = KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 
-local shard, nothing = opened_shard()
-if not shard then
+local nothing = not_open()
+if nothing then
     return nothing
 end
-local hold = find_hold(said.hold)
+local holds = of_holds()
+local hold = holds.find(said.hold)
 if hold and hold.state == 'settled' then
     if hold.digest ~= said.digest then
         return answer('conflict')
@@ -43,14 +44,14 @@ for _, rate in ipairs(hold and hold.rates or {}) do
 end
 
 redis.call('ZREM', DUE, said.hold)
-keep_hold(said.hold, {
+holds.keep(said.hold, {
     state = 'settled', event_id = said.event_id, digest = said.digest, settled_as = event_id, billable = billable,
     late = late,
 })
 if billable then
     if said.keyed then
-        local mark = {state = 'billed', nonce = said.hold, hold = said.hold, fingerprint = said.fingerprint, at = now}
-        keep_id(ID, mark, KEPT_ID_MS)
+        local line = id_line('billed', plain(now), said.hold, said.hold, said.fingerprint)
+        redis.call('SET', ID, line, 'PX', KEPT_ID_MS)
         if ARGV[8] ~= '' then
             redis.call('SET', REPLY, ARGV[8], 'PX', KEPT_REPLY_MS)
         end
@@ -58,5 +59,5 @@ if billable then
         redis.call('DEL', ID)
     end
 end
-append(EVENTS, {'event', 0, 0, said.admitted, event_id, billable, late}, ARGV[7])
+append(EVENTS, 'event', plain(said.admitted), event_id, billable, late, ARGV[7])
 return answer('settled', event_id, billable, late, false)
