@@ -12,6 +12,7 @@ from uuid import UUID
 import msgspec
 
 from metering import checks
+from metering.admission.counters import CounterBook
 from metering.admission.redis.stream import BODY, HEADER, decode_event, decode_header, position_of
 from metering.admission.rows import event_row
 from metering.admission.statements import statements
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from metering.admission.redis.stream import Header, StreamedEvent
+
 
 __all__ = ["Booked", "Counts", "book", "foreseen"]
 
@@ -443,7 +445,7 @@ class _Batch:
                 "drained_at": instant_text(self._now),
             },
         )
-        cursor.executemany(_SQL["forget_counters"], [{"account": account} for account in sorted(self._moved)])
+        CounterBook.of(cursor).forget(sorted(self._moved))
         used = [{"key_id": key_id, "at": instant_text(at)} for key_id, at in self._keys_used.items()]
         cursor.executemany(_SQL["note_key_used"], used)
 

@@ -8,7 +8,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from metering.admission.counters import Counters, units_of
+from metering.admission.counters import CounterBook, units_of
 from metering.admission.statements import statements
 from metering.errors import CorrectionConflict, UnknownEvent
 from metering.events import TOKEN_FIELDS, TokenUsage, derive_event_id
@@ -136,12 +136,8 @@ def find_event(cursor: sqlite3.Cursor, event_id: UUID) -> dict[str, Any] | None:
 
 
 def _move_counters(cursor: sqlite3.Cursor, before: dict[str, Any], after: dict[str, Any]) -> None:
-    counters = Counters(
-        cursor,
-        account=before["account"],
-        line=before["line"],
-        key_id=before["key_id"] or "",
-        at=parse_instant(before["occurred_at"]),
+    counters = CounterBook.of(cursor).page(
+        before["account"], before["line"], before["key_id"] or "", parse_instant(before["occurred_at"])
     )
     counters.move(_units(after), _units(before))
 

@@ -158,7 +158,7 @@ def check_rate(
 class Verdict(NamedTuple):
     """Where every limit of a call stands, those that refuse it, and the arrival times to keep if none does."""
 
-    statuses: tuple[LimitStatus, ...]
+    statuses: Sequence[LimitStatus]
     refused: tuple[LimitStatus, ...]
     arrivals: dict[RateCounter, int | Decimal]
 

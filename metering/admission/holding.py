@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from metering.admission.counters import NOTHING, Counters, dump_units, load_units
+from metering.admission.counters import NOTHING, CounterBook, Counters, dump_units, load_units
 from metering.admission.decide import RateCounter, moved_arrival
 from metering.admission.statements import statements
 from metering.ledger.types import decimal_text, instant_text, parse_instant
@@ -68,14 +68,15 @@ def keep_hold(
             "rate_claims": msgspec.json.encode(claims).decode(),
         },
     )
+    CounterBook.of(cursor).forget_expiries(hold.account)
 
 
 def give_back(cursor: sqlite3.Cursor, hold: KeptHold, state: str, now: datetime) -> None:
     """Close an open hold as `released` or `expired`, and take its units back from the counters."""
     cursor.execute(_SQL["close_hold"], {"hold_id": hold.hold_id, "state": state})
-    counters = Counters(
-        cursor, account=hold.account, line=hold.line, key_id=hold.key_id, at=parse_instant(hold.admitted_at)
-    )
+    book = CounterBook.of(cursor)
+    book.forget_expiries(hold.account)
+    counters = book.page(hold.account, hold.line, hold.key_id, parse_instant(hold.admitted_at))
     reserved = load_units(hold.reserved)
     counters.move(NOTHING, reserved)
     move_rates(counters, hold.rate_claims, {metric: -amount for metric, amount in reserved.items()}, now)

@@ -11,7 +11,7 @@ from uuid import UUID
 
 import msgspec
 
-from metering.admission.counters import NOTHING, Counters, units_of
+from metering.admission.counters import NOTHING, CounterBook, units_of
 from metering.admission.decide import (
     asked_of,
     refusing,
@@ -91,15 +91,16 @@ class SqlStore:
             cursor = cast("sqlite3.Cursor", connection.connection.cursor())
             try:
                 placed = self._directory.place(cursor, account, at)
-                counters = Counters(cursor, account=account, line=None, key_id=key_id or "", at=at)
-                return weigh(
+                counters = CounterBook.of(cursor).page(account, None, key_id or "", at)
+                verdict = weigh(
                     ((limit, 0) for limit in placed.plan.limits if limit.scope == "account" or key_id is not None),
                     key_id=key_id or "",
                     period=placed.period,
                     now=at,
                     used=counters.used,
                     arrival=counters.arrival,
-                ).statuses
+                )
+                return tuple(verdict.statuses)
             except sqlite3.Error as exc:
                 raise translated(exc, self._ledger.path) from exc
 
@@ -161,25 +162,19 @@ class SqlWorks:
         if replay is not None:
             return replay
 
-        counters = Counters(cursor, account=account, line=call.line, key_id=key_id, at=now)
+        counters = CounterBook.of(cursor).page(account, call.line, key_id, now)
         units = units_of(admission.usage, admission.quantity)
         if admission.hold_ttl_s is None:
             self._current.require_names(cursor, placed.plan_version, call, units)
-        verdict = weigh(
-            asked_of(
-                placed.plan.limits,
-                call.line,
-                units,
-                usage_given=admission.usage is not None,
-                quantity_given=admission.quantity is not None,
-                is_estimate=admission.hold_ttl_s is not None,
-            ),
-            key_id=key_id,
-            period=placed.period,
-            now=now,
-            used=counters.used,
-            arrival=counters.arrival,
+        asked = asked_of(
+            placed.plan.limits,
+            call.line,
+            units,
+            usage_given=admission.usage is not None,
+            quantity_given=admission.quantity is not None,
+            is_estimate=admission.hold_ttl_s is not None,
         )
+        verdict = counters.weigh(asked, placed, key_id, now)
         if is_minted and (verdict.refused or not _claim_id(cursor, event_id, placed.label, admission.fingerprint)):
             replay = self._replay(cursor, admission, event_id, decided, now)
             if replay is not None:
@@ -187,9 +182,6 @@ class SqlWorks:
         if verdict.refused:
             return decided(allowed=False, limits=verdict.statuses, refused_by=refusing(verdict.refused))
 
-        counters.move(units)
-        for rate, arrival in verdict.arrivals.items():
-            counters.put_arrival(rate, arrival)
         hold = None
         if admission.hold_ttl_s is not None:
             hold = HoldTicket(
@@ -225,6 +217,9 @@ class SqlWorks:
             )
             cursor.execute(_INSERT_EVENT, _values_of(row))
             _keep_bodies(cursor, row, call, admission.bodies, now, replayable=keyed)
+        counters.move(units)
+        for rate, arrival in verdict.arrivals.items():
+            counters.put_arrival(rate, arrival)
         return decided(allowed=True, limits=verdict.statuses, hold=hold)
 
     def _replay(
@@ -284,7 +279,7 @@ class SqlWorks:
             if not _claim_id(cursor, event_id, hold.period, hold.fingerprint):
                 return Settled(event_id=event_id, billable=False, late=late, repeated=True)
         taken = NOTHING if late else units_of(hold.usage, hold.quantity)
-        counters = Counters(cursor, account=hold.account, line=call.line, key_id=hold.key_id, at=hold.admitted_at)
+        counters = CounterBook.of(cursor).page(hold.account, call.line, hold.key_id, hold.admitted_at)
         counters.move(given, taken)
         move_rates(counters, rate_claims, {metric: given[metric] - taken[metric] for metric in given}, now)
         row = event_row(
@@ -327,6 +322,9 @@ class SqlWorks:
         return is_open
 
     def _expire_some(self, cursor: sqlite3.Cursor, account: str, now: datetime) -> None:
+        first = CounterBook.of(cursor).first_expiry(account)
+        if first is None or first > instant_text(now):
+            return
         scope = {"account": account, "now": instant_text(now), "most": EXPIRED_PER_ADMISSION}
         for row in cursor.execute(_SQL["find_expired_holds_of_account"], scope).fetchall():
             give_back(cursor, KeptHold(*row), "expired", now)

@@ -43,6 +43,9 @@ WHERE event_id = :event_id AND state = 'open'
 -- name: find_hold
 SELECT state, settlement, settled_event_id, rate_claims FROM holds WHERE hold_id = :hold_id
 
+-- name: find_first_expiry
+SELECT min(expires_at) FROM holds WHERE account = :account AND state = 'open'
+
 -- name: find_expired_holds_of_account
 SELECT hold_id, account, key_id, line, admitted_at, expires_at, fingerprint, reserved, rate_claims
 FROM holds

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, cast
 
-from metering.admission.counters import Counters
+from metering.admission.counters import counted
 from metering.admission.decide import Counter
 from metering.ledger.types import parse_instant
 from metering.windows import Window
@@ -46,8 +46,9 @@ def check_counters(ledger: Ledger) -> list[CounterCheck]:
         for account, metric, line, key_id, start, end, used in rows:
             window = Window(start=parse_instant(start), end=parse_instant(end))
             counter = Counter(metric, line, key_id, window)
-            counters = Counters(cursor, account=account, line=line, key_id=key_id, at=window.start)
             checks.append(
-                CounterCheck(account=account, counter=counter, kept=Decimal(used), counted=counters.recount(counter))
+                CounterCheck(
+                    account=account, counter=counter, kept=Decimal(used), counted=counted(cursor, account, counter)
+                )
             )
         return checks

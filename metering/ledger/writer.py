@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from decimal import localcontext
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from metering.billing.money import EXACT
 from metering.errors import StoreUnavailable
@@ -22,12 +22,15 @@ if TYPE_CHECKING:
 
     from metering.ledger.forks import Gate
 
-__all__ = ["Work", "Writer"]
+__all__ = ["Transaction", "Work", "Writer"]
 
 T = TypeVar("T")
 
 Work = Callable[[sqlite3.Cursor], T]
-"""What a caller wants done in a transaction. It may be run more than once, with what it wrote before undone."""
+"""What a caller wants done in a transaction. It may be run more than once, with what it wrote before undone.
+
+Its cursor is a `Transaction`.
+"""
 
 MAX_GROUP = 128
 """Works that share one commit at the most, so that nobody waits for an endless group."""
@@ -37,6 +40,22 @@ LOOK_S = 0.01
 
 IDLE_S = 10.0
 """How long the thread that serves event loops waits for more before it ends."""
+
+
+class Transaction(sqlite3.Cursor):
+    """A cursor, and what the works that share it know. Where something is undone another one takes its place."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        super().__init__(connection)
+        self.known: dict[str, Any] = {}
+        """What works have read, and is so until the end of the transaction."""
+        self.left_to_write: list[Callable[[], object]] = []
+        """What works have left to be written before the commit."""
+
+    def complete(self) -> None:
+        """Write what is left to be written."""
+        for write in self.left_to_write:
+            write()
 
 
 class _Group:
@@ -241,7 +260,7 @@ class Writer:
         connection = self._open(deadline)
         if connection.in_transaction:
             raise StoreUnavailable(f"ledger {self._path}: a signal handler asked for it in the middle of a commit")
-        cursor = connection.cursor()
+        cursor = connection.cursor(Transaction)
         committing = False
         try:
             # Before anyone else is taken in: if the leader's time is over, those who queue behind have their turn.
@@ -251,6 +270,7 @@ class Writer:
                 job.group = group
             if len(jobs) == 1:
                 _run(jobs[0], cursor)
+                cursor.complete()
             else:
                 _run_together(jobs, cursor)
             committing = True
@@ -375,16 +395,21 @@ def _run(job: _Asked[object], cursor: sqlite3.Cursor) -> None:
         raise _WorkRaised from exc
 
 
-def _run_together(jobs: Sequence[_Asked[object]], cursor: sqlite3.Cursor) -> None:
+def _run_together(jobs: Sequence[_Asked[object]], cursor: Transaction) -> None:
     """Run each; what raises has written nothing. A savepoint a work is dear, so only where one failed halfway."""
     cursor.execute("SAVEPOINT works")
-    if not all(_ran_cleanly(job, cursor) for job in jobs):
-        cursor.execute("ROLLBACK TO works")
-        for job in jobs:
-            cursor.execute("SAVEPOINT work")
-            if not _ran_cleanly(job, cursor):
-                cursor.execute("ROLLBACK TO work")
-            cursor.execute("RELEASE work")
+    if all(_ran_cleanly(job, cursor) for job in jobs):
+        cursor.complete()
+        return
+    cursor.execute("ROLLBACK TO works")
+    for job in jobs:
+        alone = cursor.connection.cursor(Transaction)
+        alone.execute("SAVEPOINT work")
+        if _ran_cleanly(job, alone):
+            alone.complete()
+        else:
+            alone.execute("ROLLBACK TO work")
+        alone.execute("RELEASE work")
 
 
 def _ran_cleanly(job: _Asked[object], cursor: sqlite3.Cursor) -> bool:

@@ -18,7 +18,7 @@ from metering.errors import StoreUnavailable
 from metering.ledger import forks as forks_module
 from metering.ledger import writer as writer_module
 from metering.ledger.forks import Gate
-from metering.ledger.writer import MAX_GROUP, Writer, _Job
+from metering.ledger.writer import MAX_GROUP, Transaction, Writer, _Job
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -213,7 +213,7 @@ def test_an_interrupt_in_a_group_is_the_leader_s_alone(writer: Writer, path: Pat
     assert writer.run(insert(3)) == 3
 
 
-class _InterruptedAfterCommit(sqlite3.Cursor):
+class _InterruptedAfterCommit(Transaction):
     """Python delivers a signal that arrived during the commit right after it."""
 
     def execute(self, sql: str, *arguments: Any) -> sqlite3.Cursor:
@@ -246,7 +246,8 @@ class Interrupting:
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
 
-    def cursor(self) -> sqlite3.Cursor:
+    def cursor(self, factory: type[Transaction]) -> Transaction:
+        assert issubclass(_InterruptedAfterCommit, factory)
         return self._connection.cursor(_InterruptedAfterCommit)
 
     def __getattr__(self, name: str) -> Any:

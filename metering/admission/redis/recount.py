@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import msgspec
 
-from metering.admission.counters import Counters
+from metering.admission.counters import counted
 from metering.admission.redis.copies import scaled, to_us
 from metering.admission.redis.stream import BODY, decode_event
 from metering.booking import foreseen
@@ -88,8 +88,7 @@ def _count(
             and counter.key_id in ("", key_id)
         )
 
-    recorded = Counters(cursor, account=account, line=counter.line, key_id=counter.key_id, at=counter.window.start)
-    total = int(scaled(counter.metric, recorded.recount(counter)))
+    total = int(scaled(counter.metric, counted(cursor, account, counter)))
     for row in coming:
         if row["counted"] and counts(to_us(parse_instant(row["occurred_at"])), row["line"], row["key_id"]):
             tokens = {name: row[name] for name in TOKEN_FIELDS}

@@ -112,7 +112,7 @@ class Verbs(Inquirer):
             terms, reply = yield from self._agreed(account, question, now or self._told_now(), Doubt())
         except OutcomeUnknown as exc:
             raise StoreUnavailable(str(exc)) from exc
-        return terms.verdict(reply).statuses
+        return tuple(terms.verdict(reply).statuses)
 
     def order_of(self, settlement: Settlement) -> Steps[dict[str, Any]]:
         """All that a settle says, so that it can be said by anyone and at any time. Raises `InvalidEvent`."""
