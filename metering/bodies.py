@@ -25,6 +25,7 @@ __all__ = ["bodies_of", "hidden", "kept_in_plain", "masked_error", "refuse_secre
 MAX_LOGGED_BYTES = 64 * 1024
 MAX_REPLAYED_BYTES = 16 * 1024
 MAX_ERROR = 2_000
+_NOTHING = Bodies()
 _MASK = "[API key]"
 _NOT_SHOWN = "(not shown)"
 _KEPT_IN_PLAIN = tuple(field.name for field in fields(Call) if field.name != "error")
@@ -34,6 +35,8 @@ _SAME_EVERYWHERE = re.compile(r"[A-Za-z0-9._~-]+")
 
 def bodies_of(secret: str | None, request: Any, response: Any, *, replayable: bool) -> Bodies:
     """What the request log keeps of both, and what a replay answers. Never raises: it runs after the work is done."""
+    if request is None and response is None:
+        return _NOTHING
     response_text = _as_json(response, secret)
     return Bodies(
         request=_capped(_as_json(request, secret)),

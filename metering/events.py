@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field, fields
 from decimal import Decimal
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 from uuid import UUID
 
@@ -15,7 +16,7 @@ from metering import checks
 from metering.errors import InvalidEvent, InvalidUsage
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from datetime import datetime
 
 __all__ = [
@@ -87,10 +88,15 @@ class TokenUsage:
 
     def to_dict(self) -> dict[str, int]:
         """All eight counts by name."""
-        return {name: getattr(self, name) for name in TOKEN_FIELDS}
+        return dict(zip(TOKEN_FIELDS, self.counts(), strict=True))
+
+    def counts(self) -> tuple[int, int, int, int, int, int, int, int]:
+        """All eight counts, in the order of TOKEN_FIELDS."""
+        return _counts_of(self)
 
 
 TOKEN_FIELDS: tuple[str, ...] = tuple(f.name for f in fields(TokenUsage))
+_counts_of: Callable[[TokenUsage], tuple[int, int, int, int, int, int, int, int]] = attrgetter(*TOKEN_FIELDS)
 _SUBSETS = (
     ("cache_read_tokens", "input_tokens"),
     ("cache_write_tokens", "input_tokens"),
@@ -127,8 +133,7 @@ class Call:
 
     def __post_init__(self) -> None:
         checks.text("line", self.line, MAX_LINE)
-        for name in _NAMES_OF_A_CALL:
-            value = getattr(self, name)
+        for name, value in zip(_NAMES_OF_A_CALL, _names_of(self), strict=True):
             if value is not None:
                 checks.text(name, value, MAX_NAME)
         if self.latency_ms is not None and (
@@ -164,6 +169,7 @@ _NAMES_OF_A_CALL = (
     "session_id",
     "idempotency_key",
 )
+_names_of = attrgetter(*_NAMES_OF_A_CALL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

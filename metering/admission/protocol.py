@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Protocol
 
+import msgspec
+
 from metering.errors import LimitExceeded, Replayed
 
 if TYPE_CHECKING:
@@ -50,8 +52,7 @@ class Bodies:
     """The response as a replay returns it; only with an idempotency key."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Admission:
+class Admission(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One call that asks to be admitted."""
 
     key_digest: str
@@ -129,8 +130,7 @@ class Standing(Sequence[LimitStatus]):
         return self._statuses
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
+class Decision(msgspec.Struct, frozen=True, kw_only=True):
     """The answer to one call."""
 
     allowed: bool

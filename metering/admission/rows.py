@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from decimal import Decimal
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from metering.events import TOKEN_FIELDS, TokenUsage, encode_attributes
+from metering.events import TokenUsage, encode_attributes
 from metering.ledger.types import decimal_text, instant_text
 
 if TYPE_CHECKING:
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["event_row", "log_row"]
 
 _NO_TOKENS = TokenUsage()
-_counts_of = attrgetter(*TOKEN_FIELDS)
 
 
 def event_row(
@@ -46,45 +44,44 @@ def event_row(
     source: str | None = None,
 ) -> dict[str, Any]:
     """A row of `events`. A reversal (`requests` -1) holds its numbers negated."""
-    counts = _counts_of(usage or _NO_TOKENS)
-    row: dict[str, Any] = dict(zip(TOKEN_FIELDS, counts, strict=True))
+    counts = (usage or _NO_TOKENS).to_dict()
     if requests != 1:
-        row = {name: count * requests for name, count in row.items()}
-    row.update(
-        event_id=event_id.hex,
-        kind=kind,
-        corrects=None if corrects is None else corrects.hex,
-        account=account,
-        key_id=key_id,
-        plan_version=plan_version,
-        line=call.line,
-        operation=call.operation,
-        caller_type=caller_type,
-        occurred_at=instant_text(occurred_at),
-        recorded_at=instant_text(recorded_at),
-        period=period,
-        requests=requests,
-        quantity=decimal_text((quantity or Decimal(0)) * requests),
-        provider=call.provider,
-        model=call.model,
-        service_tier=call.service_tier,
-        run_id=call.run_id,
-        request_id=call.request_id,
-        session_id=call.session_id,
-        attributes=encode_attributes(call.attributes),
-        platform_paid=call.platform_paid,
-        billable=billable,
-        estimated=estimated,
-        counted=counted,
-        late=late,
-        error=call.error,
-        latency_ms=call.latency_ms,
-        idempotency_key=call.idempotency_key,
-        fingerprint=fingerprint,
-        source=source,
-        reason=None,
-    )
-    return row
+        counts = {name: count * requests for name, count in counts.items()}
+    return {
+        **counts,
+        "event_id": event_id.hex,
+        "kind": kind,
+        "corrects": None if corrects is None else corrects.hex,
+        "account": account,
+        "key_id": key_id,
+        "plan_version": plan_version,
+        "line": call.line,
+        "operation": call.operation,
+        "caller_type": caller_type,
+        "occurred_at": instant_text(occurred_at),
+        "recorded_at": instant_text(recorded_at),
+        "period": period,
+        "requests": requests,
+        "quantity": decimal_text((quantity or Decimal(0)) * requests),
+        "provider": call.provider,
+        "model": call.model,
+        "service_tier": call.service_tier,
+        "run_id": call.run_id,
+        "request_id": call.request_id,
+        "session_id": call.session_id,
+        "attributes": encode_attributes(call.attributes),
+        "platform_paid": call.platform_paid,
+        "billable": billable,
+        "estimated": estimated,
+        "counted": counted,
+        "late": late,
+        "error": call.error,
+        "latency_ms": call.latency_ms,
+        "idempotency_key": call.idempotency_key,
+        "fingerprint": fingerprint,
+        "source": source,
+        "reason": None,
+    }
 
 
 def log_row(

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from decimal import localcontext
 from functools import partial
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -18,7 +17,7 @@ from metering.admission.redis.copies import from_us, rate_increment, scaled, uns
 from metering.admission.redis.stream import StreamedEvent, encode
 from metering.billing.money import EXACT
 from metering.errors import IdempotencyConflict, IdempotencyInProgress, InvalidEvent, RevokedKey, StoreUnavailable
-from metering.events import TOKEN_FIELDS, TokenUsage, derive_event_id, encode_attributes, new_event_id
+from metering.events import TokenUsage, derive_event_id, encode_attributes, new_event_id
 from metering.ledger.types import decimal_text
 
 if TYPE_CHECKING:
@@ -36,8 +35,7 @@ __all__ = ["Asker", "Terms", "reply_body", "require_names", "streamed"]
 
 MAX_REPLY_BYTES = 4096
 
-_tokens_of = attrgetter(*TOKEN_FIELDS)
-_NO_TOKENS = _tokens_of(TokenUsage())
+_NO_TOKENS = TokenUsage()
 
 
 @dataclass(slots=True)
@@ -272,7 +270,7 @@ def streamed(
         session_id=call.session_id,
         attributes=encode_attributes(call.attributes),
         platform_paid=call.platform_paid,
-        tokens=_NO_TOKENS if usage is None else _tokens_of(usage),
+        tokens=(usage or _NO_TOKENS).counts(),
         quantity=decimal_text(quantity or 0),
         estimated=estimated,
         error=call.error,
