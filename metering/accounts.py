@@ -25,7 +25,9 @@ from metering.errors import (
     UnknownKey,
 )
 from metering.ledger import admin_log, outbox, plan_versions
+from metering.ledger.locks import hold_still
 from metering.ledger.schema import account_plans, accounts, api_keys, events
+from metering.ledger.types import can_be_name
 from metering.windows import checked_anchor_day, checked_time_zone
 
 if TYPE_CHECKING:
@@ -162,6 +164,7 @@ class Accounts:
         now = self._clock()
         with self._ledger.write() as connection:
             before = self._get(connection, account)
+            hold_still(connection, [account])
             if before.plan != plan:
                 self._assign(connection, account, plan, now)
                 self._note(connection, now, "account.change_plan", account, before=before.plan, after=plan)
@@ -191,6 +194,8 @@ class Accounts:
         cuts_periods = bool(changes.keys() & {"time_zone", "anchor_day"})
         with self._ledger.write() as connection:
             self._get(connection, account)
+            if cuts_periods:
+                hold_still(connection, [account])
             if cuts_periods and _has_events(connection, account):
                 raise Conflict(f"account {account!r} has usage: its time zone and anchor day cut its periods and stay")
             if changes:
@@ -325,7 +330,7 @@ class Keys:
         """Every key, of one account or of all, oldest first."""
         query = sa.select(api_keys).order_by(api_keys.c.created_at, api_keys.c.key_id)
         if account is not None:
-            query = query.where(api_keys.c.account == account)
+            query = query.where(api_keys.c.account == account if can_be_name(account) else sa.false())
         with self._ledger.read() as connection:
             return [self._record(connection, row) for row in connection.execute(query).mappings().all()]
 
@@ -334,6 +339,7 @@ class Keys:
         now = self._clock()
         with self._ledger.write() as connection:
             key = self._get(connection, key_id)
+            hold_still(connection, [key.account])
             if key.revoked_at is None:
                 connection.execute(api_keys.update().where(api_keys.c.key_id == key_id).values(revoked_at=now))
                 outbox.note(connection, key.account, now=now)
@@ -350,6 +356,7 @@ class Keys:
         secret = _PREFIX + secrets.token_urlsafe(32)
         with self._ledger.write() as connection:
             old = self._get(connection, key_id)
+            hold_still(connection, [old.account])
             if old.revoked_at is not None or old.rotated_to is not None:
                 raise RevokedKey(key_id, old.account)
             new = self._insert(connection, secret, old.account, old.label, "key.create")
@@ -399,7 +406,8 @@ class Keys:
         return None if row is None else self._record(connection, row)
 
     def _get(self, connection: sa.Connection, key_id: str) -> ApiKey:
-        row = connection.execute(sa.select(api_keys).where(api_keys.c.key_id == key_id)).mappings().one_or_none()
+        query = sa.select(api_keys).where(api_keys.c.key_id == key_id)
+        row = connection.execute(query).mappings().one_or_none() if can_be_name(key_id) else None
         if row is None:
             raise UnknownKey(f"no API key has the id {key_id!r}")
         return self._record(connection, row)
@@ -429,12 +437,14 @@ def _with_secret(key: ApiKey, secret: str) -> NewKey:
 
 def list_accounts(connection: sa.Connection, now: datetime) -> list[Account]:
     """Within a transaction: every account, by name."""
-    names = connection.execute(sa.select(accounts.c.account).order_by(accounts.c.account)).scalars().all()
+    names = sorted(connection.execute(sa.select(accounts.c.account)).scalars())  # databases differ in how they sort
     found = (_find_account(connection, name, now) for name in names)
     return [account for account in found if account is not None]
 
 
 def _find_account(connection: sa.Connection, account: str, now: datetime) -> Account | None:
+    if not can_be_name(account):
+        return None
     row = connection.execute(sa.select(accounts).where(accounts.c.account == account)).mappings().one_or_none()
     if row is None:
         return None

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     )
     from metering.ledger import Ledger
 
-__all__ = ["AsyncAccounts", "AsyncHold", "AsyncKeys", "AsyncMeter", "Reserving"]
+__all__ = ["AsyncAccounts", "AsyncHold", "AsyncKeys", "AsyncMeter", "Reserving", "to_the_end"]
 
 P = ParamSpec("P")
 S = TypeVar("S")
@@ -109,7 +109,7 @@ class AsyncMeter(_InThreads[Meter]):
         self._keeper = _AsyncKeeper(self._renew, every_s=meter._hold_ttl_s / 3)
 
     @classmethod
-    def from_env(cls, *, create: bool = True, actor: str = "app") -> AsyncMeter:
+    def from_env(cls, *, create: bool | None = None, actor: str = "app") -> AsyncMeter:
         """A meter as the METERING_* settings say; with none set, one SQLite file in `.tallystick`."""
         return cls(**settings_from_env(), create=create, actor=actor)
 

@@ -56,7 +56,7 @@ def masked_error(error: object, secret: str | None) -> str | None:
     text = _shown_by(str, error)
     if isinstance(error, BaseException):
         text = f"{type(error).__name__}: {text}"
-    text = _without(text, secret).encode("utf-8", "backslashreplace").decode()
+    text = _without(text, secret).encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
     return text if len(text) <= MAX_ERROR else text[: MAX_ERROR - 3] + "..."
 
 

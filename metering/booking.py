@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, localcontext
@@ -20,12 +19,14 @@ from metering.billing.money import EXACT
 from metering.corrections import correcting_ids, find_event, reversal_row
 from metering.errors import InvalidEvent, UnknownAccount, UnknownEvent
 from metering.events import TOKEN_FIELDS, Call, TokenUsage, derive_event_id
+from metering.ledger.transactions import doubts_the_transaction
 from metering.ledger.types import instant_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from metering.admission.redis.stream import Header, StreamedEvent
+    from metering.ledger.transactions import Cursor
 
 
 __all__ = ["Booked", "Counts", "book", "foreseen"]
@@ -36,10 +37,8 @@ UNDONE = "outcome unknown, undone"
 MAX_ERROR = 1_000
 """Characters of a dead letter's error."""
 
-_SQL = statements("sqlite")
+_SQL = statements()
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_OF_THE_ENTRY = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError, sqlite3.ProgrammingError)
-"""What SQLite says of a value. All else that it raises puts the whole transaction in doubt."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -86,12 +85,12 @@ Found = list[Any] | None
 """An entry as XRANGE answers it."""
 
 
-def book(cursor: sqlite3.Cursor, shard: int, entries: Iterable[Found], now: datetime) -> Booked:
+def book(cursor: Cursor, shard: int, entries: Iterable[Found], now: datetime) -> Booked:
     """Within a transaction: book a batch. Booking it again finds it booked."""
     return _Batch(_Ledger(cursor), shard, now).book(entries)
 
 
-def foreseen(cursor: sqlite3.Cursor, shard: int, entries: Iterable[Found], now: datetime) -> list[dict[str, Any]]:
+def foreseen(cursor: Cursor, shard: int, entries: Iterable[Found], now: datetime) -> list[dict[str, Any]]:
     """The rows that `book` would add to `events`, reversals included. Writes nothing."""
     ledger = _Foresight(cursor)
     with localcontext(EXACT):
@@ -140,10 +139,8 @@ class _State(NamedTuple):
 class _Ledger:
     """What the ledger has of facts that came through streams."""
 
-    def __init__(self, cursor: sqlite3.Cursor) -> None:
+    def __init__(self, cursor: Cursor) -> None:
         self.cursor = cursor
-        self._named = cursor.connection.cursor()
-        self._named.row_factory = sqlite3.Row
 
     def known(self, event_id: UUID) -> _Fact | None:
         found = self.cursor.execute(_SQL["find_position"], {"event_id": event_id.hex}).fetchone()
@@ -166,7 +163,7 @@ class _Ledger:
             billed = replacement
 
     def event(self, event_id: UUID) -> dict[str, Any]:
-        row = find_event(self._named, event_id)
+        row = find_event(self.cursor, event_id)
         if row is None:
             raise UnknownEvent(event_id)
         return row
@@ -196,7 +193,7 @@ class _Ledger:
 class _Foresight(_Ledger):
     """The ledger as it will be: what is written here is kept beside it."""
 
-    def __init__(self, cursor: sqlite3.Cursor) -> None:
+    def __init__(self, cursor: Cursor) -> None:
         super().__init__(cursor)
         self.rows: dict[UUID, dict[str, Any]] = {}
         self._positions: dict[UUID, str] = {}
@@ -290,12 +287,10 @@ class _Batch:
     def _attempt(self, entry: _Entry, handled: str | None) -> _Outcome | Exception:
         try:
             return self._outcome(entry, handled)
-        except sqlite3.Error as exc:
-            if not isinstance(exc, _OF_THE_ENTRY):
+        except Exception as exc:
+            if doubts_the_transaction(exc):
                 raise
-            return exc
-        except Exception as exc:  # noqa: BLE001  whatever stands there, what comes after it is drained
-            return exc
+            return exc  # whatever stands there, what comes after it is drained
 
     def _outcome(self, entry: _Entry, handled: str | None) -> _Outcome:
         if handled is not None:
@@ -314,7 +309,7 @@ class _Batch:
                 "position": entry.position,
                 "shard": self._shard,
                 "noticed_at": instant_text(self._now),
-                "error": error.encode("utf-8", "backslashreplace").decode(),
+                "error": error.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0"),
                 "header": entry.packed_header,
                 "body": entry.packed_event,
                 "account": entry.event and entry.event.account,

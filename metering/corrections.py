@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -20,10 +19,11 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from metering.ledger import Ledger
+    from metering.ledger.transactions import Cursor
 
 __all__ = ["Correction", "correct", "correcting_ids", "find_event", "reversal_row"]
 
-_SQL = statements("sqlite")
+_SQL = statements()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,11 +66,9 @@ def correct(
 
 
 def _book(
-    shared_cursor: sqlite3.Cursor, event_id: UUID, wanted: dict[str, Any], reason: str, now: datetime
+    cursor: Cursor, event_id: UUID, wanted: dict[str, Any], reason: str, now: datetime
 ) -> tuple[Correction, bool]:
     """The correction, and whether it moves counters."""
-    cursor = shared_cursor.connection.cursor()
-    cursor.row_factory = sqlite3.Row
     current = find_event(cursor, event_id)
     if current is None:
         raise UnknownEvent(event_id)
@@ -93,7 +91,7 @@ def _book(
         cursor.execute(_SQL["insert_event_id"], row)
         cursor.execute(_SQL["insert_event"], row)
     if current["counted"]:
-        _move_counters(shared_cursor, current, changed)
+        _move_counters(cursor, current, changed)
         outbox.note(cursor, current["account"], recount=True, now=now)
     return Correction(original=original, reversal=reversal, replacement=replacement), bool(current["counted"])
 
@@ -125,17 +123,17 @@ def _shared(row: dict[str, Any], reason: str, now: datetime) -> dict[str, Any]:
     }
 
 
-def find_event(cursor: sqlite3.Cursor, event_id: UUID) -> dict[str, Any] | None:
-    """A row of `events` without its number. The cursor's rows are `sqlite3.Row`."""
+def find_event(cursor: Cursor, event_id: UUID) -> dict[str, Any] | None:
+    """A row of `events` without its number."""
     row = cursor.execute(_SQL["find_event"], {"event_id": event_id.hex}).fetchone()
     if row is None:
         return None
-    values = dict(row)
+    values = dict(zip((column[0] for column in cursor.description), row, strict=True))
     del values["seq"]
     return values
 
 
-def _move_counters(cursor: sqlite3.Cursor, before: dict[str, Any], after: dict[str, Any]) -> None:
+def _move_counters(cursor: Cursor, before: dict[str, Any], after: dict[str, Any]) -> None:
     counters = CounterBook.of(cursor).page(
         before["account"], before["line"], before["key_id"] or "", parse_instant(before["occurred_at"])
     )

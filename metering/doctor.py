@@ -28,6 +28,8 @@ __all__ = ["Finding", "examine"]
 
 LATE_S = 600.0
 """What has waited longer is a warning: `drain --follow` takes a second, and the flow comes every five minutes."""
+LONG_S = 60
+"""A transaction open for longer is a warning: what is written after it began is loaded when it has ended."""
 NAMED = 5
 """Of many shards so many are named."""
 
@@ -55,12 +57,11 @@ def examine() -> list[Finding]:
     except MeteringError as exc:
         findings.append(Finding(what="ledger", ok=False, says=str(exc)))
     else:
-        with_ledger: tuple[tuple[str, Callable[[Ledger], str]], ...] = (
-            ("ledger", _ledger),
-            ("contents", _contents),
-            *((("counters", _counters),) if settings.quota_url is None else ()),
-        )
-        findings += [_finding(what, look, ledger) for what, look in with_ledger]
+        is_file = ledger.dialect == "sqlite"
+        findings += [_finding("ledger", _sqlite, ledger)] if is_file else _postgres(ledger)
+        findings.append(_finding("contents", _contents, ledger))
+        if settings.quota_url is None:
+            findings.append(_finding("counters", _counters, ledger))
         if settings.quota_url is not None:
             findings += _redis(settings, settings.quota_url, ledger)
         ledger.close()
@@ -78,10 +79,52 @@ def _finding(what: str, look: Callable[[Ledger], str], ledger: Ledger) -> Findin
         return Finding(what=what, ok=False, says=str(exc))
 
 
-def _ledger(ledger: Ledger) -> str:
+def _sqlite(ledger: Ledger) -> str:
     with ledger.read() as connection:
         mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar()
-    return f"{ledger.path}, schema {SCHEMA}, journal {mode}, SQLite {sqlite3.sqlite_version}"
+    return f"{ledger.where}, schema {SCHEMA}, journal {mode}, SQLite {sqlite3.sqlite_version}"
+
+
+def _postgres(ledger: Ledger) -> list[Finding]:
+    """What the server is, whether it keeps what it has, and who holds back the load."""
+    try:
+        with ledger.read() as connection:
+            version = connection.exec_driver_sql("SHOW server_version").scalar_one()
+            names = ("fsync", "full_page_writes", "synchronous_commit")
+            off = [name for name in names if connection.exec_driver_sql(f"SHOW {name}").scalar_one() == "off"]
+            blocking = connection.execute(_BLOCKING, {"long_s": LONG_S}).all()
+            sees_all = connection.exec_driver_sql(_SEES_ALL).scalar_one()
+    except MeteringError as exc:
+        return [Finding(what="ledger", ok=False, says=str(exc))]
+    is_kept = f"{' and '.join(off)} off: what was acknowledged may be lost with the server" if off else "all on"
+    named = [f"{row.who} of database {row.database} for {row.open_s:,} s" for row in blocking]
+    says = f"none open for more than {LONG_S} s"
+    if named:
+        says = f"{_some(named)}: open for writing, so no load gets past what was written since; end what they do"
+    if not sees_all:
+        says += "; this user may not see those of others: grant it pg_read_all_stats"
+    return [
+        Finding(what="ledger", ok=True, says=f"{ledger.where}, schema {SCHEMA}, PostgreSQL {version}"),
+        Finding(what="ledger persistence", ok=True, warning=bool(off), says=is_kept),
+        Finding(what="long transactions", ok=True, warning=bool(named), says=says),
+    ]
+
+
+_SEES_ALL = "SELECT pg_has_role('pg_read_all_stats', 'USAGE')"
+
+# Every transaction with a number counts for pg_snapshot_xmin, in whichever database of the server it is.
+_BLOCKING = sa.text("""
+    SELECT who, database, extract(epoch FROM clock_timestamp() - since)::bigint AS open_s
+    FROM (
+        SELECT 'pid ' || pid || ' (' || coalesce(nullif(application_name, ''), 'no name') || ')' AS who,
+            datname AS database, xact_start AS since
+        FROM pg_stat_activity WHERE backend_xid IS NOT NULL AND pid <> pg_backend_pid()
+        UNION ALL
+        SELECT 'prepared transaction ' || gid, database, prepared FROM pg_prepared_xacts
+    ) AS open
+    WHERE since < clock_timestamp() - make_interval(secs => :long_s)
+    ORDER BY since
+""")
 
 
 def _contents(ledger: Ledger) -> str:

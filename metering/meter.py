@@ -81,13 +81,14 @@ def settings_from_env() -> MeterSettings:
 class Meter:
     """Keys, quotas and usage events of one ledger. Thread-safe, survives fork, and is a context manager.
 
-    `ledger_url` is `sqlite:///FILE`; a ledger that is not there is created (unless `create` is False), with the
-    plans of `plans` (a TOML file) where that exists. `clock` is the time of every decision; `actor` is who the admin
-    log names.
+    `ledger_url` is `sqlite:///FILE` or `postgresql+psycopg://...`. With `create` a ledger that is not there is created,
+    with the plans of `plans` (a TOML file) where that exists; unless said, a file is, and a schema on a server is not.
+    `clock` is the time of every decision; `actor` is who the admin log names.
 
     With `quota_url` (`redis://`, `rediss://`, `redis+cluster://`) admissions are decided on Redis, each within
     `quota_timeout_s`, and reach the ledger by `tallystick drain`; what Redis could not be told waits in the folder
-    `spool` (beside the ledger unless said). Without it they are decided in the ledger itself.
+    `spool` (unless said: beside the ledger's file, or in `.tallystick`). Without it they are decided in the ledger
+    itself.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class Meter:
         ledger_url: str,
         *,
         plans: Path | None = None,
-        create: bool = True,
+        create: bool | None = None,
         timeout_s: float = 5.0,
         key_pepper: str | None = None,
         clock: Callable[[], datetime] = utc_now,
@@ -110,7 +111,7 @@ class Meter:
         self.ledger = Ledger(
             ledger_url,
             timeout_s=timeout_s,
-            create=create,
+            create=ledger_url.startswith("sqlite:") if create is None else create,
             first=lambda connection: _apply_file(connection, plans, clock(), actor),
         )
         self._quota_place = None
@@ -118,7 +119,7 @@ class Meter:
             self._quota_place = QuotaPlace(
                 url=quota_url,
                 timeout_s=quota_timeout_s,
-                spool=spool or self.ledger.path.parent / "spool",
+                spool=spool or _spool_beside(self.ledger),
                 clock=None if clock is utc_now else clock,
                 allow_eviction=allow_eviction,
             )
@@ -140,7 +141,7 @@ class Meter:
         _meters.add(self)
 
     @classmethod
-    def from_env(cls, *, create: bool = True, actor: str = "app") -> Meter:
+    def from_env(cls, *, create: bool | None = None, actor: str = "app") -> Meter:
         """A meter as the METERING_* settings say; with none set, one SQLite file in `.tallystick`."""
         return cls(**settings_from_env(), create=create, actor=actor)
 
@@ -361,7 +362,7 @@ class Meter:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Meter on {self.ledger.path}>"
+        return f"<Meter on {self.ledger.where}>"
 
     def _refusal(self, api_key: str, given: SecretGiven) -> InvalidEvent:
         """What to raise for a key that was passed as something else. Raises `UnknownKey` for a stranger's."""
@@ -391,6 +392,10 @@ def _given(field: str, at: datetime | None) -> datetime | None:
         return checks.instant(field, at)
     except InvalidEvent as exc:
         raise InvalidSetting(field, at, exc.expected) from None
+
+
+def _spool_beside(ledger: Ledger) -> Path:
+    return (ledger.path.parent if ledger.dialect == "sqlite" else Settings().home) / "spool"
 
 
 def _apply_file(connection: sa.Connection, path: Path | None, now: datetime, actor: str) -> None:

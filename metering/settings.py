@@ -24,7 +24,7 @@ class Settings:
     home: Path = Path(".tallystick")
     """METERING_HOME: the folder for what is local: ledger, warehouse, rejects, and `out/` with the reports."""
     ledger_url: str = "sqlite:///.tallystick/ledger.db"
-    """METERING_LEDGER_URL: `sqlite:///FILE`."""
+    """METERING_LEDGER_URL: `sqlite:///FILE`, or `postgresql+psycopg://USER:PASSWORD@HOST:PORT/DATABASE`."""
     warehouse: Path = Path(".tallystick/warehouse.duckdb")
     """METERING_WAREHOUSE: the DuckDB file."""
     plans: Path = Path("plans.toml")

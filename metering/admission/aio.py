@@ -56,8 +56,9 @@ class AsyncSqlStore:
     async def expire(self, now: datetime | None = None) -> int:
         """See `AdmissionStore.expire`. Works in batches, so that admissions get their turn in between."""
         total = 0
-        while expired := await self._ledger.writer.run_async(self._works.expire_batch(now)):
-            total += expired
+        for account in await asyncio.to_thread(self._reads.accounts_to_sweep, now):
+            while expired := await self._ledger.writer.run_async(self._works.expire_batch(account, now)):
+                total += expired
         return total
 
     async def append(self, events: Sequence[UsageEvent], now: datetime | None = None) -> Appended:

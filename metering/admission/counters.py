@@ -18,21 +18,21 @@ from metering.admission.protocol import Standing
 from metering.admission.statements import by_position, statements
 from metering.billing.money import EXACT
 from metering.events import METRICS, TOKEN_FIELDS, TokenUsage, metric_amounts
+from metering.ledger.transactions import Transaction
 from metering.ledger.types import decimal_text, instant_text, parse_instant
-from metering.ledger.writer import Transaction
 from metering.windows import Window
 
 if TYPE_CHECKING:
-    import sqlite3
     from collections.abc import Sequence
 
     from metering.admission.directory import Placement
     from metering.admission.protocol import LimitStatus
+    from metering.ledger.transactions import Cursor
     from metering.plans import Limit
 
 __all__ = ["NOTHING", "CounterBook", "Counters", "Units", "counted", "dump_units", "load_units", "units_of"]
 
-_SQL = statements("sqlite")
+_SQL = statements()
 _PUT_COUNTER, _ = by_position(_SQL["put_counter"])
 
 KEPT_AFTER_END = timedelta(days=2)
@@ -94,7 +94,7 @@ class _Cell:
 class CounterBook:
     """What one transaction knows of counters and open holds. Whoever reads or moves a counter in it does so here."""
 
-    def __init__(self, cursor: sqlite3.Cursor) -> None:
+    def __init__(self, cursor: Cursor) -> None:
         self._cursor = cursor
         self._writes = isinstance(cursor, Transaction)
         self._cells: dict[tuple[str, ...], _Cell] = {}
@@ -103,7 +103,7 @@ class CounterBook:
         self._first_expiries: dict[str, str | None] = {}
 
     @classmethod
-    def of(cls, cursor: sqlite3.Cursor) -> CounterBook:
+    def of(cls, cursor: Cursor) -> CounterBook:
         """That of the cursor's transaction. A cursor that is not the writer's has a new one, only to read."""
         if not isinstance(cursor, Transaction):
             return cls(cursor)
@@ -172,7 +172,7 @@ class CounterBook:
         return cell
 
 
-def counted(cursor: sqlite3.Cursor, account: str, counter: Counter) -> Decimal:
+def counted(cursor: Cursor, account: str, counter: Counter) -> Decimal:
     """The sum over counted events in the window of a counter plus open holds, whatever its row says."""
     scope = {
         "account": account,
@@ -182,7 +182,8 @@ def counted(cursor: sqlite3.Cursor, account: str, counter: Counter) -> Decimal:
         "window_end": instant_text(counter.window.end),
     }
     requests, quantity, *tokens = cursor.execute(_SQL["count_window"], scope).fetchone()
-    sums = metric_amounts(dict(zip(TOKEN_FIELDS, tokens, strict=True)), requests=requests, quantity=Decimal(quantity))
+    totals = dict(zip(TOKEN_FIELDS, map(int, tokens), strict=True))  # Postgres sums them as numeric
+    sums = metric_amounts(totals, requests=requests, quantity=Decimal(quantity))
     total = Decimal(sums[counter.metric])
     for (reserved,) in cursor.execute(_SQL["find_open_holds_of_window"], scope):
         total = EXACT.add(total, load_units(reserved)[counter.metric])
@@ -196,7 +197,7 @@ def _number(metric: str, used: str | Decimal) -> int | Decimal:
 class Counters:
     """Reads and moves the counters that one call touches: see `CounterBook.page`."""
 
-    def __init__(self, book: CounterBook, cursor: sqlite3.Cursor, scope: dict[str, Any], at: datetime) -> None:
+    def __init__(self, book: CounterBook, cursor: Cursor, scope: dict[str, Any], at: datetime) -> None:
         self._book = book
         self._cursor = cursor
         self._scope = scope

@@ -15,16 +15,16 @@ from metering.plans import Plan
 from metering.windows import Window, period_label, period_window
 
 if TYPE_CHECKING:
-    import sqlite3
     from collections.abc import Mapping
     from datetime import datetime
     from decimal import Decimal
 
     from metering.events import Call
+    from metering.ledger.transactions import Cursor
 
 __all__ = ["CurrentDirectory", "Directory", "Placement"]
 
-_SQL = statements("sqlite")
+_SQL = statements()
 
 LAST_USED_PRECISION = timedelta(minutes=1)
 
@@ -56,7 +56,7 @@ class Directory:
     def __init__(self) -> None:
         self._plans: dict[int, Plan] = {}
 
-    def authenticate(self, cursor: sqlite3.Cursor, digest: str, now: datetime) -> tuple[str, str]:
+    def authenticate(self, cursor: Cursor, digest: str, now: datetime) -> tuple[str, str]:
         """Account and key id behind a key's digest; notes when the key was used. Raises UnknownKey, RevokedKey."""
         key = self._key(cursor, digest)
         if key.revoked_at is not None or (key.expires_at is not None and key.expires_at <= now):
@@ -66,7 +66,7 @@ class Directory:
             self._forget(digest)
         return key.account, key.key_id
 
-    def place(self, cursor: sqlite3.Cursor, account: str, at: datetime) -> Placement:
+    def place(self, cursor: Cursor, account: str, at: datetime) -> Placement:
         """Plan version and billing period of an account at a moment. Raises `UnknownAccount`."""
         found = cursor.execute(_SQL["place"], {"account": account, "at": instant_text(at)}).fetchone()
         if found is None:
@@ -75,16 +75,14 @@ class Directory:
         period = period_window(at, time_zone=time_zone, anchor_day=anchor_day)
         return Placement(plan_version, self._plan(cursor, plan_version), period, period_label(period, time_zone))
 
-    def require_names(
-        self, cursor: sqlite3.Cursor, plan_version: int, call: Call, units: Mapping[str, int | Decimal]
-    ) -> None:
+    def require_names(self, cursor: Cursor, plan_version: int, call: Call, units: Mapping[str, int | Decimal]) -> None:
         """Raise `InvalidEvent` where the call leaves out the provider or model that a rate of its plan needs."""
         missing = missing_name(self._plan(cursor, plan_version), call, units)
         if missing is not None:
             name, rate = missing
             raise InvalidEvent(name, None, f"the {name}: the plan prices this usage by it ({rate})")
 
-    def _key(self, cursor: sqlite3.Cursor, digest: str) -> _Key:
+    def _key(self, cursor: Cursor, digest: str) -> _Key:
         found = cursor.execute(_SQL["authenticate"], {"digest": digest}).fetchone()
         if found is None:
             raise UnknownKey
@@ -94,7 +92,7 @@ class Directory:
     def _forget(self, digest: str) -> None:
         """What was read of a key is no longer so."""
 
-    def _plan(self, cursor: sqlite3.Cursor, plan_version: int) -> Plan:
+    def _plan(self, cursor: Cursor, plan_version: int) -> Plan:
         if plan_version not in self._plans:
             name, document = cursor.execute(_SQL["find_plan_version"], {"plan_version": plan_version}).fetchone()
             self._plans[plan_version] = Plan.from_dict(name, msgspec.json.decode(document))
@@ -110,18 +108,18 @@ class CurrentDirectory(Directory):
 
     def __init__(self) -> None:
         super().__init__()
-        self._cursor: sqlite3.Cursor | None = None
+        self._cursor: Cursor | None = None
         self._version: int | None = None
         self._keys: dict[str, _Key] = {}
         self._places: dict[str, tuple[datetime, datetime, Placement]] = {}
 
-    def authenticate(self, cursor: sqlite3.Cursor, digest: str, now: datetime) -> tuple[str, str]:
+    def authenticate(self, cursor: Cursor, digest: str, now: datetime) -> tuple[str, str]:
         """See `Directory.authenticate`. Comes first in every transaction: what is no longer true is forgotten here."""
         if cursor is not self._cursor:
             self._begin(cursor)
         return super().authenticate(cursor, digest, now)
 
-    def place(self, cursor: sqlite3.Cursor, account: str, at: datetime) -> Placement:
+    def place(self, cursor: Cursor, account: str, at: datetime) -> Placement:
         """See `Directory.place`."""
         known = self._places.get(account)
         if known is not None and known[0] <= at < known[1]:
@@ -134,7 +132,7 @@ class CurrentDirectory(Directory):
         self._places[account] = start, end, placed
         return placed
 
-    def _begin(self, cursor: sqlite3.Cursor) -> None:
+    def _begin(self, cursor: Cursor) -> None:
         (version,) = cursor.execute(_SQL["find_changes_by_others"]).fetchone()
         is_known = self._cursor is not None and self._cursor.connection is cursor.connection
         if not is_known or version != self._version or len(self._keys) + len(self._places) > MOST_REMEMBERED:
@@ -142,7 +140,7 @@ class CurrentDirectory(Directory):
             self._places.clear()
         self._cursor, self._version = cursor, version
 
-    def _key(self, cursor: sqlite3.Cursor, digest: str) -> _Key:
+    def _key(self, cursor: Cursor, digest: str) -> _Key:
         key = self._keys.get(digest)
         if key is None:
             key = self._keys[digest] = super()._key(cursor, digest)

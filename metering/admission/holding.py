@@ -14,16 +14,16 @@ from metering.admission.statements import statements
 from metering.ledger.types import decimal_text, instant_text, parse_instant
 
 if TYPE_CHECKING:
-    import sqlite3
     from collections.abc import Mapping
     from datetime import datetime
 
     from metering.admission.protocol import HoldTicket, Settlement
     from metering.events import Call
+    from metering.ledger.transactions import Cursor
 
 __all__ = ["KeptHold", "give_back", "keep_hold", "move_rates", "settlement_digest"]
 
-_SQL = statements("sqlite")
+_SQL = statements()
 
 
 class KeptHold(NamedTuple):
@@ -41,7 +41,7 @@ class KeptHold(NamedTuple):
 
 
 def keep_hold(
-    cursor: sqlite3.Cursor,
+    cursor: Cursor,
     hold: HoldTicket,
     call: Call,
     reserved: Mapping[str, int | Decimal],
@@ -71,7 +71,7 @@ def keep_hold(
     CounterBook.of(cursor).forget_expiries(hold.account)
 
 
-def give_back(cursor: sqlite3.Cursor, hold: KeptHold, state: str, now: datetime) -> None:
+def give_back(cursor: Cursor, hold: KeptHold, state: str, now: datetime) -> None:
     """Close an open hold as `released` or `expired`, and take its units back from the counters."""
     cursor.execute(_SQL["close_hold"], {"hold_id": hold.hold_id, "state": state})
     book = CounterBook.of(cursor)

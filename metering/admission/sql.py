@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sqlite3
 from datetime import datetime, timedelta
 from decimal import localcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import msgspec
@@ -26,20 +25,21 @@ from metering.billing.money import EXACT
 from metering.clock import utc_now
 from metering.errors import IdempotencyConflict, IdempotencyInProgress, InvalidEvent, SettleConflict
 from metering.events import derive_event_id, new_event_id
-from metering.ledger.sqlite import translated
+from metering.ledger.transactions import Locked, cursor_of
 from metering.ledger.types import instant_text, parse_instant
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from metering.admission.protocol import Admission, Bodies, Settlement
     from metering.events import Call, UsageEvent
     from metering.ledger import Ledger
+    from metering.ledger.transactions import Cursor
     from metering.ledger.writer import Work
 
 __all__ = ["SqlStore", "SqlWorks"]
 
-_SQL = statements("sqlite")
+_SQL = statements()
 _INSERT_EVENT, _values_of = by_position(_SQL["insert_event"])
 
 MAX_BATCH = 10_000
@@ -76,9 +76,18 @@ class SqlStore:
     def expire(self, now: datetime | None = None) -> int:
         """See `AdmissionStore.expire`. Works in batches, so that admissions get their turn in between."""
         total = 0
-        while expired := self._ledger.writer.run(self._works.expire_batch(now)):
-            total += expired
+        for account in self.accounts_to_sweep(now):
+            while expired := self._ledger.writer.run(self._works.expire_batch(account, now)):
+                total += expired
         return total
+
+    def accounts_to_sweep(self, now: datetime | None = None) -> list[str]:
+        """Whose holds are past their time."""
+        with self._ledger.read() as connection:
+            found = cursor_of(connection).execute(
+                _SQL["find_accounts_to_sweep"], {"now": instant_text(now or self._clock())}
+            )
+            return [account for (account,) in found.fetchall()]
 
     def append(self, events: Sequence[UsageEvent], now: datetime | None = None) -> Appended:
         """See `AdmissionStore.append`."""
@@ -88,21 +97,17 @@ class SqlStore:
         """See `AdmissionStore.quota`."""
         at = now or self._clock()
         with self._ledger.read() as connection, localcontext(EXACT):
-            cursor = cast("sqlite3.Cursor", connection.connection.cursor())
-            try:
-                placed = self._directory.place(cursor, account, at)
-                counters = CounterBook.of(cursor).page(account, None, key_id or "", at)
-                verdict = weigh(
-                    ((limit, 0) for limit in placed.plan.limits if limit.scope == "account" or key_id is not None),
-                    key_id=key_id or "",
-                    period=placed.period,
-                    now=at,
-                    used=counters.used,
-                    arrival=counters.arrival,
-                )
-                return tuple(verdict.statuses)
-            except sqlite3.Error as exc:
-                raise translated(exc, self._ledger.path) from exc
+            placed = self._directory.place(cursor_of(connection), account, at)
+            counters = CounterBook.of(cursor_of(connection)).page(account, None, key_id or "", at)
+            verdict = weigh(
+                ((limit, 0) for limit in placed.plan.limits if limit.scope == "account" or key_id is not None),
+                key_id=key_id or "",
+                period=placed.period,
+                now=at,
+                used=counters.used,
+                arrival=counters.arrival,
+            )
+            return tuple(verdict.statuses)
 
 
 class SqlWorks:
@@ -115,33 +120,42 @@ class SqlWorks:
 
     def admit(self, admission: Admission, now: datetime | None) -> Work[Decision]:
         """Decides one call."""
-        return lambda cursor: self._admit(cursor, admission, now or self._clock())
+        return Locked(
+            lambda cursor: self._admit(cursor, admission, now or self._clock()), key_digest=admission.key_digest
+        )
 
     def settle(self, settlement: Settlement, now: datetime | None) -> Work[Settled]:
         """Bills a hold's real cost."""
-        return lambda cursor: self._settle(cursor, settlement, now or self._clock())
+        return Locked(
+            lambda cursor: self._settle(cursor, settlement, now or self._clock()), accounts=(settlement.hold.account,)
+        )
 
     def release(self, hold: HoldTicket, call: Call, bodies: Bodies, now: datetime | None) -> Work[bool]:
         """Gives a hold back."""
-        return lambda cursor: self._release(cursor, hold, call, bodies, now or self._clock())
+        return Locked(
+            lambda cursor: self._release(cursor, hold, call, bodies, now or self._clock()), accounts=(hold.account,)
+        )
 
     def renew(self, hold: HoldTicket, ttl_s: float, now: datetime | None) -> Work[bool]:
         """Prolongs a hold."""
-        return lambda cursor: self._renew(cursor, hold, ttl_s, now or self._clock())
+        return Locked(lambda cursor: self._renew(cursor, hold, ttl_s, now or self._clock()), accounts=(hold.account,))
 
-    def expire_batch(self, now: datetime | None) -> Work[int]:
-        """Gives back up to EXPIRED_PER_SWEEP holds that are past their time; how many."""
-        return lambda cursor: self._expire_batch(cursor, now or self._clock())
+    def expire_batch(self, account: str, now: datetime | None) -> Work[int]:
+        """Gives back up to EXPIRED_PER_SWEEP holds of an account that are past their time; how many."""
+        return Locked(
+            lambda cursor: self._expire_some(cursor, account, now or self._clock(), EXPIRED_PER_SWEEP),
+            accounts=(account,),
+        )
 
     def append(self, events: Sequence[UsageEvent], now: datetime | None) -> Work[Appended]:
         """Records facts that ask no limits. Raises `InvalidEvent` for too many at once."""
         if len(events) > MAX_BATCH:
             raise InvalidEvent("events", len(events), f"at most {MAX_BATCH} in one batch")
-        return lambda cursor: self._append(cursor, events, now or self._clock())
+        return Locked(lambda cursor: self._append(cursor, events, now or self._clock()))
 
-    def _admit(self, cursor: sqlite3.Cursor, admission: Admission, now: datetime) -> Decision:
+    def _admit(self, cursor: Cursor, admission: Admission, now: datetime) -> Decision:
         account, key_id = self._current.authenticate(cursor, admission.key_digest, now)
-        self._expire_some(cursor, account, now)
+        self._expire_some(cursor, account, now, EXPIRED_PER_ADMISSION)
         placed = self._current.place(cursor, account, now)
         call = admission.call
         keyed = call.idempotency_key is not None
@@ -224,7 +238,7 @@ class SqlWorks:
 
     def _replay(
         self,
-        cursor: sqlite3.Cursor,
+        cursor: Cursor,
         admission: Admission,
         event_id: UUID,
         decided: Callable[..., Decision],
@@ -256,7 +270,7 @@ class SqlWorks:
             call.line, call.idempotency_key, (parse_instant(hold.expires_at) - now).total_seconds()
         )
 
-    def _settle(self, cursor: sqlite3.Cursor, settlement: Settlement, now: datetime) -> Settled:
+    def _settle(self, cursor: Cursor, settlement: Settlement, now: datetime) -> Settled:
         hold, call = settlement.hold, settlement.call
         digest = settlement_digest(settlement)
         found = cursor.execute(_SQL["find_hold"], {"hold_id": hold.hold_id.hex}).fetchone()
@@ -308,7 +322,7 @@ class SqlWorks:
         )
         return Settled(event_id=event_id, billable=billable, late=late)
 
-    def _release(self, cursor: sqlite3.Cursor, hold: HoldTicket, call: Call, bodies: Bodies, now: datetime) -> bool:
+    def _release(self, cursor: Cursor, hold: HoldTicket, call: Call, bodies: Bodies, now: datetime) -> bool:
         found = cursor.execute(_SQL["find_hold"], {"hold_id": hold.hold_id.hex}).fetchone()
         state = "forgotten" if found is None else found[0]
         if state in ("settled", "released"):
@@ -321,82 +335,90 @@ class SqlWorks:
         _keep_bodies(cursor, row, call, bodies, now, replayable=False, hold_id=hold.hold_id)
         return is_open
 
-    def _expire_some(self, cursor: sqlite3.Cursor, account: str, now: datetime) -> None:
+    def _expire_some(self, cursor: Cursor, account: str, now: datetime, most: int) -> int:
         first = CounterBook.of(cursor).first_expiry(account)
         if first is None or first > instant_text(now):
-            return
-        scope = {"account": account, "now": instant_text(now), "most": EXPIRED_PER_ADMISSION}
-        for row in cursor.execute(_SQL["find_expired_holds_of_account"], scope).fetchall():
-            give_back(cursor, KeptHold(*row), "expired", now)
-
-    def _renew(self, cursor: sqlite3.Cursor, hold: HoldTicket, ttl_s: float, now: datetime) -> bool:
-        expires_at = instant_text(now + timedelta(seconds=ttl_s))
-        cursor.execute(_SQL["renew_hold"], {"hold_id": hold.hold_id.hex, "expires_at": expires_at})
-        return cursor.rowcount == 1
-
-    def _expire_batch(self, cursor: sqlite3.Cursor, now: datetime) -> int:
-        scope = {"now": instant_text(now), "most": EXPIRED_PER_SWEEP}
-        found = cursor.execute(_SQL["find_expired_holds"], scope).fetchall()
+            return 0
+        scope = {"account": account, "now": instant_text(now), "most": most}
+        found = cursor.execute(_SQL["find_expired_holds_of_account"], scope).fetchall()
         for row in found:
             give_back(cursor, KeptHold(*row), "expired", now)
         return len(found)
 
-    def _append(self, cursor: sqlite3.Cursor, events: Sequence[UsageEvent], now: datetime) -> Appended:
-        ids = msgspec.json.encode([event.event_id.hex for event in events]).decode()
-        known: dict[str, str | None] = dict(cursor.execute(_SQL["find_known_ids"], {"event_ids": ids}).fetchall())
-        conflicting: list[int] = []
-        id_rows: list[dict[str, Any]] = []
-        rows: list[dict[str, Any]] = []
-        for position, event in enumerate(events):
+    def _renew(self, cursor: Cursor, hold: HoldTicket, ttl_s: float, now: datetime) -> bool:
+        expires_at = instant_text(now + timedelta(seconds=ttl_s))
+        cursor.execute(_SQL["renew_hold"], {"hold_id": hold.hold_id.hex, "expires_at": expires_at})
+        return cursor.rowcount == 1
+
+    def _append(self, cursor: Cursor, events: Sequence[UsageEvent], now: datetime) -> Appended:
+        known = _fingerprints(cursor, (event.event_id.hex for event in events))
+        new: dict[str, dict[str, Any]] = {}
+        for event in events:
             event_id = event.event_id.hex
-            if event_id in known:
-                if known[event_id] != event.fingerprint:
-                    conflicting.append(position)
+            if event_id in known or event_id in new:
                 continue
-            known[event_id] = event.fingerprint
             placed = self._directory.place(cursor, event.account, event.occurred_at)
-            id_rows.append({"event_id": event_id, "period": placed.label, "fingerprint": event.fingerprint})
-            rows.append(
-                event_row(
-                    event,
-                    event_id=event.event_id,
-                    kind=event.kind,
-                    corrects=event.corrects,
-                    account=event.account,
-                    key_id=event.key_id,
-                    plan_version=placed.plan_version,
-                    period=placed.label,
-                    caller_type=event.caller_type,
-                    occurred_at=event.occurred_at,
-                    recorded_at=now,
-                    requests=event.requests,
-                    usage=event.usage,
-                    quantity=event.quantity,
-                    billable=event.billable,
-                    estimated=event.estimated,
-                    counted=event.counted,
-                    late=event.late,
-                    fingerprint=event.fingerprint,
-                    source=event.source,
-                )
+            new[event_id] = event_row(
+                event,
+                event_id=event.event_id,
+                kind=event.kind,
+                corrects=event.corrects,
+                account=event.account,
+                key_id=event.key_id,
+                plan_version=placed.plan_version,
+                period=placed.label,
+                caller_type=event.caller_type,
+                occurred_at=event.occurred_at,
+                recorded_at=now,
+                requests=event.requests,
+                usage=event.usage,
+                quantity=event.quantity,
+                billable=event.billable,
+                estimated=event.estimated,
+                counted=event.counted,
+                late=event.late,
+                fingerprint=event.fingerprint,
+                source=event.source,
             )
-        cursor.executemany(_SQL["insert_event_id"], id_rows)
-        cursor.executemany(_INSERT_EVENT, map(_values_of, rows))
+        claimed = _claim_ids(cursor, new)
+        # Between the look and the claim another process may have brought some of them.
+        known |= _fingerprints(cursor, new.keys() - claimed)
+        cursor.executemany(_INSERT_EVENT, [_values_of(row) for event_id, row in new.items() if event_id in claimed])
+        kept = known | {event_id: row["fingerprint"] for event_id, row in new.items() if event_id in claimed}
+        conflicting = tuple(
+            position for position, event in enumerate(events) if kept[event.event_id.hex] != event.fingerprint
+        )
         return Appended(
-            inserted=len(rows),
-            known=len(events) - len(rows) - len(conflicting),
-            conflicting=tuple(conflicting),
+            inserted=len(claimed), known=len(events) - len(claimed) - len(conflicting), conflicting=conflicting
         )
 
 
-def _claim_id(cursor: sqlite3.Cursor, event_id: UUID, period: str, fingerprint: str | None) -> bool:
+def _fingerprints(cursor: Cursor, event_ids: Iterable[str]) -> dict[str, str | None]:
+    """Of those that the ledger has, by id."""
+    ids = list(event_ids)
+    if not ids:
+        return {}
+    wanted = {"event_ids": msgspec.json.encode(ids).decode()}
+    return dict(cursor.execute(_SQL["find_known_ids"], wanted).fetchall())
+
+
+def _claim_ids(cursor: Cursor, rows: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """Which of these facts are the first of their ids. In one order, so that two processes do not block each other."""
+    if not rows:
+        return set()
+    names = sorted((event_id, row["period"], row["fingerprint"]) for event_id, row in rows.items())
+    claims = {"rows": msgspec.json.encode(names).decode()}
+    return {event_id for (event_id,) in cursor.execute(_SQL["insert_event_ids"], claims).fetchall()}
+
+
+def _claim_id(cursor: Cursor, event_id: UUID, period: str, fingerprint: str | None) -> bool:
     """Whether this fact is the first of its id."""
     cursor.execute(_SQL["insert_event_id"], {"event_id": event_id.hex, "period": period, "fingerprint": fingerprint})
     return cursor.rowcount == 1
 
 
 def _keep_bodies(
-    cursor: sqlite3.Cursor,
+    cursor: Cursor,
     row: dict[str, Any],
     call: Call,
     bodies: Bodies,

@@ -1,5 +1,5 @@
--- The statements of an admission on SQLite, run on the driver's cursor inside BEGIN IMMEDIATE.
--- Times are UTC text of fixed width, quantities are decimal text, ids are 32 hex digits.
+-- The statements of an admission, run on the cursor of a driver inside one transaction. Times are UTC text of fixed
+-- width, quantities are decimal text, ids are 32 hex digits.
 
 -- name: authenticate
 SELECT k.key_id, k.account, k.expires_at, k.revoked_at, k.last_used_at
@@ -53,12 +53,8 @@ WHERE account = :account AND state = 'open' AND expires_at <= :now
 ORDER BY expires_at
 LIMIT :most
 
--- name: find_expired_holds
-SELECT hold_id, account, key_id, line, admitted_at, expires_at, fingerprint, reserved, rate_claims
-FROM holds
-WHERE state = 'open' AND expires_at <= :now
-ORDER BY expires_at
-LIMIT :most
+-- name: find_accounts_to_sweep
+SELECT DISTINCT account FROM holds WHERE state = 'open' AND expires_at <= :now ORDER BY account
 
 -- name: find_open_holds_of_window
 SELECT reserved
@@ -131,6 +127,13 @@ ON CONFLICT (account, metric, line, key_id, units, period_us) DO UPDATE SET arri
 -- name: insert_event_id
 INSERT INTO event_ids (event_id, period, fingerprint) VALUES (:event_id, :period, :fingerprint)
 ON CONFLICT (event_id) DO NOTHING
+
+-- name: insert_event_ids
+INSERT INTO event_ids (event_id, period, fingerprint)
+SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]')
+FROM json_each(:rows) WHERE true
+ON CONFLICT (event_id) DO NOTHING
+RETURNING event_id
 
 -- name: find_known_ids
 SELECT event_id, fingerprint FROM event_ids WHERE event_id IN (SELECT value FROM json_each(:event_ids))

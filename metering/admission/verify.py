@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from metering.admission.counters import counted
 from metering.admission.decide import Counter
+from metering.ledger.transactions import cursor_of
 from metering.ledger.types import parse_instant
 from metering.windows import Window
 
 if TYPE_CHECKING:
-    import sqlite3
-
     from metering.ledger import Ledger
 
 __all__ = ["CounterCheck", "check_counters"]
@@ -38,7 +37,7 @@ class CounterCheck:
 def check_counters(ledger: Ledger) -> list[CounterCheck]:
     """Count every counter again, in one transaction."""
     with ledger.read() as connection:
-        cursor = cast("sqlite3.Cursor", connection.connection.cursor())
+        cursor = cursor_of(connection)
         rows = cursor.execute(
             "SELECT account, metric, line, key_id, window_start, window_end, used FROM counters ORDER BY 1, 2, 3, 4, 5"
         ).fetchall()

@@ -16,13 +16,15 @@ from metering.ledger.schema import outbox
 from metering.ledger.types import instant_text
 
 if TYPE_CHECKING:
-    import sqlite3
     from collections.abc import Callable, Iterable
     from datetime import datetime
 
+    from metering.admission.statements import Statement
+    from metering.ledger.transactions import Cursor
+
 __all__ = ["OutboxRow", "mark_sent", "no_one", "note", "tell", "unsent", "version_of"]
 
-_SQL = statements("sqlite")
+_SQL = statements()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,15 +39,13 @@ class OutboxRow:
     created_at: datetime
 
 
-def note(
-    transaction: sa.Connection | sqlite3.Cursor, account: str | None, *, recount: bool = False, now: datetime
-) -> None:
+def note(transaction: sa.Connection | Cursor, account: str | None, *, recount: bool = False, now: datetime) -> None:
     """Within a transaction: something that admissions depend on has changed, of one account or (None) of every one."""
     row = {"account": account, "recount": recount, "created_at": instant_text(now)}
     _execute(transaction, _SQL["insert_outbox"], row)
 
 
-def version_of(transaction: sa.Connection | sqlite3.Cursor, account: str) -> int:
+def version_of(transaction: sa.Connection | Cursor, account: str) -> int:
     """The number of the last change to an account; 0 where there was none."""
     return int(_execute(transaction, _SQL["find_version"], {"account": account}).fetchone()[0])
 
@@ -80,7 +80,8 @@ def tell(announce: Callable[[], object]) -> None:
         ) from exc
 
 
-def _execute(transaction: sa.Connection | sqlite3.Cursor, statement: str, values: dict[str, Any]) -> Any:
+def _execute(transaction: sa.Connection | Cursor, statement: Statement, values: dict[str, Any]) -> Any:
     if isinstance(transaction, sa.Connection):
-        return transaction.exec_driver_sql(statement, values)
+        is_postgres = transaction.dialect.name == "postgresql"
+        return transaction.exec_driver_sql(statement.on_postgres if is_postgres else statement, values)
     return transaction.execute(statement, values)

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from metering.errors import Conflict, UnknownPlan
 from metering.ledger import admin_log, outbox
+from metering.ledger.locks import hold_still
 from metering.ledger.schema import account_plans, events, plan_versions
 from metering.plans import BUILT_IN, Plan
 
@@ -37,9 +38,11 @@ class PlanVersion:
 
 def versions(connection: sa.Connection, plan: str | None = None) -> list[PlanVersion]:
     """Every version, of one plan or of all, oldest first."""
-    query = sa.select(plan_versions).order_by(plan_versions.c.plan, plan_versions.c.version)
+    query = sa.select(plan_versions).order_by(plan_versions.c.version)
     if plan is not None:
         query = query.where(plan_versions.c.plan == plan)
+    # By the name here, not there: databases differ in how they sort text.
+    rows = sorted(connection.execute(query), key=lambda row: row.plan)
     return [
         PlanVersion(
             plan_version=row.plan_version,
@@ -47,7 +50,7 @@ def versions(connection: sa.Connection, plan: str | None = None) -> list[PlanVer
             effective_from=row.effective_from,
             plan=Plan.from_dict(row.plan, msgspec.json.decode(row.document)),
         )
-        for row in connection.execute(query)
+        for row in rows
     ]
 
 
@@ -93,6 +96,9 @@ def apply(
     A first version is in force since ever, a later one from `effective_from` (now unless said) on. Raises `Conflict`
     where usage since then is recorded already: it keeps the version it was recorded under.
     """
+    plans = list(plans)
+    names = [plan.name for plan in plans]
+    hold_still(connection, sa.select(account_plans.c.account).where(account_plans.c.plan.in_(names)))
     written = []
     for plan in plans:
         known = versions(connection, plan.name)

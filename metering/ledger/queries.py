@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import sqlalchemy as sa
+from sqlalchemy.ext.compiler import compiles
 
 from metering.errors import InvalidSetting, UnknownAccount
 from metering.events import TOKEN_FIELDS
 from metering.ledger.schema import accounts, events, request_log
-from metering.ledger.types import ExactDecimal
+from metering.ledger.types import ExactDecimal, can_be_name
 
 if TYPE_CHECKING:
     from datetime import datetime
-    from decimal import Decimal
     from uuid import UUID
 
     from metering.ledger import Ledger
@@ -24,12 +25,43 @@ __all__ = ["LogEntry", "UsageBy", "UsageTotal", "request_log_of", "usage_of"]
 
 UsageBy = Literal["line", "model", "day", "key_id", "operation"]
 
+
+class _ExactSum(sa.sql.functions.GenericFunction[Decimal]):
+    """`exact_sum` of SQLite connections: the sum of an `ExactDecimal`, digit for digit."""
+
+    name = "exact_sum"
+    type = ExactDecimal()
+    inherit_cache = True
+
+
+@compiles(_ExactSum, "postgresql")
+def _sum_on_postgres(element: _ExactSum, compiler: Any, **options: Any) -> str:
+    return f"sum({compiler.process(element.clauses, **options)})"
+
+
+class _UtcDay(sa.sql.functions.GenericFunction[str]):
+    """The day of a `UtcDateTime`, such as `2023-11-16`."""
+
+    type = sa.String()
+    inherit_cache = True
+
+
+@compiles(_UtcDay)
+def _day(element: _UtcDay, compiler: Any, **options: Any) -> str:
+    return f"substr({compiler.process(element.clauses, **options)}, 1, 10)"
+
+
+@compiles(_UtcDay, "postgresql")
+def _day_on_postgres(element: _UtcDay, compiler: Any, **options: Any) -> str:
+    return f"to_char({compiler.process(element.clauses, **options)}, 'YYYY-MM-DD')"
+
+
 _BY: dict[str, Any] = {
     "line": events.c.line,
     "model": events.c.model,
     "key_id": events.c.key_id,
     "operation": events.c.operation,
-    "day": sa.func.substr(events.c.occurred_at, 1, 10, type_=sa.String),
+    "day": _UtcDay(events.c.occurred_at),
 }
 
 
@@ -82,19 +114,26 @@ def usage_of(
     group = sa.null() if by is None else _BY[by]
     query = sa.select(
         group.label("group"),
-        sa.func.coalesce(sa.func.sum(events.c.requests), 0).label("requests"),
-        sa.func.coalesce(sa.func.exact_sum(events.c.quantity), "0", type_=ExactDecimal).label("quantity"),
-        *(sa.func.coalesce(sa.func.sum(events.c[name]), 0).label(name) for name in TOKEN_FIELDS),
+        _whole_sum(events.c.requests).label("requests"),
+        sa.func.coalesce(_ExactSum(events.c.quantity), sa.literal(Decimal(0), ExactDecimal)).label("quantity"),
+        *(_whole_sum(events.c[name]).label(name) for name in TOKEN_FIELDS),
     ).where(events.c.account == account)
     if start is not None:
         query = query.where(events.c.occurred_at >= start)
     if end is not None:
         query = query.where(events.c.occurred_at < end)
     if by is not None:
-        query = query.group_by(group).order_by(group)
+        query = query.group_by(group)
     with ledger.read() as connection:
         _require_account(connection, account)
-        return [UsageTotal(**row) for row in connection.execute(query).mappings()]
+        totals = [UsageTotal(**row) for row in connection.execute(query).mappings()]
+    # Databases differ in where they put NULL, and in how they compare text.
+    return sorted(totals, key=lambda total: (total.group is not None, total.group or ""))
+
+
+def _whole_sum(column: sa.Column[int]) -> sa.ColumnElement[int]:
+    """Cast, because the sum of a bigint is a numeric on Postgres."""
+    return sa.func.coalesce(sa.cast(sa.func.sum(column), sa.BigInteger), 0)
 
 
 def request_log_of(
@@ -116,7 +155,7 @@ def request_log_of(
     if account is not None:
         query = query.where(request_log.c.account == account)
     if key_id is not None:
-        query = query.where(request_log.c.key_id == key_id)
+        query = query.where(request_log.c.key_id == key_id if can_be_name(key_id) else sa.false())
     if start is not None:
         query = query.where(request_log.c.logged_at >= start)
     if end is not None:
@@ -131,7 +170,8 @@ def request_log_of(
 
 
 def _require_account(connection: sa.Connection, account: str) -> None:
-    if connection.execute(sa.select(accounts.c.account).where(accounts.c.account == account)).first() is None:
+    query = sa.select(accounts.c.account).where(accounts.c.account == account)
+    if not can_be_name(account) or connection.execute(query).first() is None:
         raise UnknownAccount(account)
 
 

@@ -16,12 +16,11 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
-    Uuid,
     text,
 )
 
 from metering.events import TOKEN_FIELDS
-from metering.ledger.types import ExactDecimal, UtcDateTime
+from metering.ledger.types import ExactDecimal, UtcDateTime, Uuid, WholeNumber
 
 __all__ = [
     "account_plans",
@@ -37,6 +36,7 @@ __all__ = [
     "key_reuses",
     "ledger_info",
     "metadata",
+    "metadata_on_postgres",
     "outbox",
     "plan_versions",
     "rate_counters",
@@ -213,7 +213,7 @@ rate_counters = Table(
     Column("key_id", String(36), primary_key=True),
     Column("units", Integer, primary_key=True),
     Column("period_us", BigInteger, primary_key=True),
-    Column("arrival", ExactDecimal, nullable=False),
+    Column("arrival", WholeNumber, nullable=False),
     sqlite_with_rowid=False,
 )
 """GCRA for `units` per `period_us`: the theoretical arrival time in microseconds, times `units` so that it is whole."""
@@ -354,3 +354,19 @@ key_reuses = Table(
 """An idempotency key used again after Redis had forgotten it: for the same request it is not billed again, and
 `billed_as` is NULL; for another one it is billed as a fact of its own.
 """
+
+
+def metadata_on_postgres() -> MetaData:
+    """The tables as they lie on Postgres, where an event also says which transaction wrote it.
+
+    There a `seq` is handed out before its transaction commits, so a load that remembers the highest it has seen skips
+    whatever commits later with a lower one. `commit_xid` below `pg_snapshot_xmin` is in every later snapshot.
+    """
+    on_postgres = MetaData(naming_convention=metadata.naming_convention)
+    for table in metadata.sorted_tables:
+        table.to_metadata(on_postgres)
+    current_xid = text("(pg_current_xact_id()::text)::bigint")
+    on_postgres.tables["events"].append_column(
+        Column("commit_xid", BigInteger, nullable=False, index=True, server_default=current_xid)
+    )
+    return on_postgres

@@ -13,14 +13,17 @@ import weakref
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
+import sqlalchemy as sa
+
 from metering.billing.money import EXACT
 from metering.errors import LedgerError, StoreUnavailable
 from metering.ledger.types import decimal_text
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from typing import Literal
 
-__all__ = ["connect", "translated"]
+__all__ = ["SqlitePlace", "connect", "translated"]
 
 
 class _Connection(sqlite3.Connection):
@@ -96,6 +99,45 @@ def translated(error: sqlite3.Error, path: Path) -> LedgerError:
             return LedgerError(f"ledger {path}: not a readable SQLite database ({error})")
         case _:
             return StoreUnavailable(f"ledger {path}: {error}")
+
+
+class SqlitePlace:
+    """A ledger in a file: see `_Place` of `metering.ledger`."""
+
+    dialect: Literal["sqlite", "postgresql"] = "sqlite"
+    begin_read: tuple[str, ...] = ("BEGIN",)
+    # One that starts as a read and then writes fails at once under contention: the busy timeout is skipped.
+    begin_write: tuple[str, ...] = ("BEGIN IMMEDIATE",)
+    error: type[Exception] = sqlite3.Error
+
+    def __init__(self, path: Path, timeout_s: float) -> None:
+        self.path = path
+        self.where = str(path)
+        self._timeout_s = timeout_s
+
+    def engine(self) -> sa.Engine:
+        """For cold queries."""
+        return sa.create_engine(
+            "sqlite+pysqlite://",
+            creator=lambda: connect(self.path, timeout_s=self._timeout_s),
+            poolclass=sa.QueuePool,
+        )
+
+    def make(self) -> None:
+        """Create the file where it is not there."""
+        connect(self.path, timeout_s=self._timeout_s, create=True).close()
+
+    def is_made(self) -> bool:
+        """Whether the file is there; its folder is, afterwards."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            return self.path.exists()
+        except OSError as exc:
+            raise StoreUnavailable(f"ledger {self.path}: its folder cannot be used ({exc})") from exc
+
+    def translated(self, error: sqlite3.Error) -> LedgerError:
+        """See `translated`."""
+        return translated(error, self.path)
 
 
 def _code(error: sqlite3.Error) -> int:

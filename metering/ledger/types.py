@@ -1,4 +1,7 @@
-"""How values lie in the ledger. SQLite has no exact numeric and no time type: both are text there."""
+"""How values lie in the ledger. SQLite has no exact numeric and no time type: both are text there.
+
+On Postgres they have their own types, and our connections tell and take them as the same texts (see `postgres`).
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,27 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from functools import lru_cache
 from typing import Any
+from uuid import UUID
 
+import sqlalchemy as sa
 from sqlalchemy import Dialect, Numeric, String, Text
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-__all__ = ["ExactDecimal", "UtcDateTime", "decimal_text", "instant_text", "parse_instant"]
+__all__ = [
+    "INSTANT_LENGTH",
+    "ExactDecimal",
+    "UtcDateTime",
+    "Uuid",
+    "WholeNumber",
+    "can_be_name",
+    "decimal_text",
+    "instant_text",
+    "parse_instant",
+]
 
 INSTANT_LENGTH = 27
+PLACES = 12
 
 
 def instant_text(at: datetime) -> str:
@@ -30,6 +46,11 @@ def _utc_text(at: datetime) -> str:
 def parse_instant(text: str) -> datetime:
     """The datetime that `instant_text` wrote."""
     return datetime.fromisoformat(text)
+
+
+def can_be_name(value: object) -> bool:
+    """Whether it is worth looking for. Postgres refuses to look for a number, NUL or half a surrogate pair in text."""
+    return isinstance(value, str) and value.isprintable()
 
 
 def decimal_text(value: Decimal | int) -> str:
@@ -60,10 +81,8 @@ class UtcDateTime(TypeDecorator[datetime]):
             raise ValueError(f"naive datetime {value!r}: the ledger keeps aware UTC times")
         return value.astimezone(UTC) if dialect.name == "postgresql" else instant_text(value)
 
-    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:  # noqa: ARG002
-        if value is None:
-            return None
-        return value.astimezone(UTC) if isinstance(value, datetime) else parse_instant(value)
+    def process_result_value(self, value: str | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002
+        return None if value is None else parse_instant(value)
 
 
 class ExactDecimal(TypeDecorator[Decimal]):
@@ -74,13 +93,44 @@ class ExactDecimal(TypeDecorator[Decimal]):
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         if dialect.name == "postgresql":
-            return dialect.type_descriptor(Numeric(38, 12))
+            return dialect.type_descriptor(Numeric(38, PLACES))
         return dialect.type_descriptor(Text())
 
     def process_bind_param(self, value: Decimal | int | None, dialect: Dialect) -> Any:
-        if value is None or dialect.name == "postgresql":
-            return value
-        return decimal_text(value)
+        if value is None:
+            return None
+        text = decimal_text(value)
+        if dialect.name != "postgresql":
+            return text
+        if len(text.partition(".")[2]) > PLACES:
+            raise ValueError(f"{text}: Postgres would round it, the ledger there keeps {PLACES} decimals")
+        return value
 
-    def process_result_value(self, value: Any, dialect: Dialect) -> Decimal | None:  # noqa: ARG002
+    def process_result_value(self, value: str | None, dialect: Dialect) -> Decimal | None:  # noqa: ARG002
         return None if value is None else Decimal(value)
+
+
+class WholeNumber(TypeDecorator[Decimal]):
+    """A whole Decimal of any size: text on SQLite, numeric on Postgres."""
+
+    impl = Text
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        return dialect.type_descriptor(Numeric() if dialect.name == "postgresql" else Text())
+
+    def process_bind_param(self, value: Decimal | int | None, dialect: Dialect) -> Any:  # noqa: ARG002
+        return None if value is None else decimal_text(value)
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> Decimal | None:  # noqa: ARG002
+        return None if value is None else Decimal(value)
+
+
+class Uuid(TypeDecorator[UUID]):
+    """A UUID: 32 hex digits on SQLite, uuid on Postgres."""
+
+    impl = sa.Uuid
+    cache_ok = True
+
+    def process_result_value(self, value: UUID | str | None, dialect: Dialect) -> UUID | None:  # noqa: ARG002
+        return UUID(value) if isinstance(value, str) else value

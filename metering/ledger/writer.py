@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 import threading
 import time
 from collections import deque
@@ -15,21 +14,19 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from metering.billing.money import EXACT
 from metering.errors import StoreUnavailable
-from metering.ledger.sqlite import connect, translated
+from metering.ledger.transactions import Locked
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from metering.ledger.forks import Gate
+    from metering.ledger.transactions import Driver, Transaction
 
-__all__ = ["Transaction", "Work", "Writer"]
+__all__ = ["Work", "Writer"]
 
 T = TypeVar("T")
 
-Work = Callable[[sqlite3.Cursor], T]
-"""What a caller wants done in a transaction. It may be run more than once, with what it wrote before undone.
-
-Its cursor is a `Transaction`.
+Work = Callable[[Any], T]
+"""What a caller wants done with the cursor of a `Transaction`. It may be run more than once, with what it wrote before
+undone. See `Locked`.
 """
 
 MAX_GROUP = 128
@@ -40,22 +37,6 @@ LOOK_S = 0.01
 
 IDLE_S = 10.0
 """How long the thread that serves event loops waits for more before it ends."""
-
-
-class Transaction(sqlite3.Cursor):
-    """A cursor, and what the works that share it know. Where something is undone another one takes its place."""
-
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        super().__init__(connection)
-        self.known: dict[str, Any] = {}
-        """What works have read, and is so until the end of the transaction."""
-        self.left_to_write: list[Callable[[], object]] = []
-        """What works have left to be written before the commit."""
-
-    def complete(self) -> None:
-        """Write what is left to be written."""
-        for write in self.left_to_write:
-            write()
 
 
 class _Group:
@@ -134,8 +115,8 @@ class Writer:
     is never interrupted, so it may wake them.
     """
 
-    def __init__(self, path: Path, *, timeout_s: float, gate: Gate) -> None:
-        self._path = path
+    def __init__(self, driver: Driver, *, timeout_s: float, gate: Gate) -> None:
+        self._driver = driver
         self._timeout_s = timeout_s
         self._gate = gate
         # Re-entrant only because such a lock knows its owner: an interrupt may come right after it was acquired.
@@ -143,7 +124,7 @@ class Writer:
         self._queue: deque[_Job[object]] = deque()
         self._inbox: SimpleQueue[_AwaitedJob[object] | None] = SimpleQueue()
         self._worker: threading.Thread | None = None
-        self._connection: sqlite3.Connection | None = None
+        self._connection: Any = None
         self._lock_timeout_s = timeout_s
 
     def run(self, work: Work[T]) -> T:
@@ -203,13 +184,15 @@ class Writer:
         if job.error is not None:
             raise job.error
         if job.group is None or not job.group.ended:
-            raise StoreUnavailable(f"ledger {self._path}: the commit this call shared was interrupted; ask again")
+            raise StoreUnavailable(
+                f"ledger {self._driver.where}: the commit this call shared was interrupted; ask again"
+            )
         if job.group.error is not None:
             raise job.group.error
         return job.answer  # type: ignore[return-value]
 
     def _no_turn(self) -> StoreUnavailable:
-        return StoreUnavailable(f"ledger {self._path}: no turn to write within {self._timeout_s:g} s")
+        return StoreUnavailable(f"ledger {self._driver.where}: no turn to write within {self._timeout_s:g} s")
 
     def _withdraw(self, job: _Job[T]) -> bool:
         """Take a job out of the queue; False where it is no longer there."""
@@ -232,7 +215,7 @@ class Writer:
         def gather() -> None:
             self._withdraw(own)
             jobs.append(own)  # type: ignore[arg-type]
-            while self._queue and len(jobs) < MAX_GROUP:
+            while self._queue and self._may_join(jobs, self._queue[0]):
                 jobs.append(self._queue.popleft())
 
         try:
@@ -257,50 +240,103 @@ class Writer:
         self, deadline: float, gather: Callable[[], None], group: _Group, jobs: Sequence[_Asked[object]]
     ) -> None:
         """One transaction with the jobs that `gather` puts into `jobs`; begun by `deadline`, or not at all."""
+        driver = self._driver
         connection = self._open(deadline)
-        if connection.in_transaction:
-            raise StoreUnavailable(f"ledger {self._path}: a signal handler asked for it in the middle of a commit")
-        cursor = connection.cursor(Transaction)
+        if driver.is_busy(connection):
+            raise StoreUnavailable(f"ledger {driver.where}: a signal handler asked for it in the middle of a commit")
         committing = False
         try:
             # Before anyone else is taken in: if the leader's time is over, those who queue behind have their turn.
-            cursor.execute("BEGIN IMMEDIATE")
+            try:
+                cursor = driver.begin(connection)
+            except driver.error:
+                if not driver.is_lost(connection):
+                    raise
+                connection = self._open(deadline)  # the server has been away since the last transaction
+                cursor = driver.begin(connection)
             gather()
             for job in jobs:
                 job.group = group
+            driver.lock(cursor, [job.work for job in jobs])
             if len(jobs) == 1:
-                _run(jobs[0], cursor)
-                cursor.complete()
+                self._run(jobs[0], cursor)
             else:
-                _run_together(jobs, cursor)
+                self._run_together(jobs, cursor)
             committing = True
-            cursor.execute("COMMIT")
+            driver.commit(cursor, self._timeout_s)
             group.ended = True
         except BaseException as exc:
-            if connection.in_transaction:
-                connection.rollback()
-            elif committing and not isinstance(exc, sqlite3.Error):
+            if driver.is_busy(connection):
+                driver.rollback(connection)
+            elif committing and not isinstance(exc, (driver.error, StoreUnavailable)):
                 group.ended = True  # an interrupt that came after the commit: it stands
             if not isinstance(exc, _WorkRaised):
                 raise
 
-    def _open(self, deadline: float) -> sqlite3.Connection:
+    def _open(self, deadline: float) -> Any:
         """The connection, set to wait for other processes no longer than the caller still has."""
+        if self._connection is not None and self._driver.is_lost(self._connection):
+            self._connection = None
         if self._connection is None:
-            self._connection = connect(self._path, timeout_s=self._timeout_s)
+            self._connection = self._driver.connect(self._timeout_s)
             self._lock_timeout_s = self._timeout_s
         left_s = deadline - time.monotonic()
         timeout_s = self._timeout_s if left_s > 0.9 * self._timeout_s else max(left_s, 0.0)
         if timeout_s != self._lock_timeout_s:
-            self._connection.execute(f"PRAGMA busy_timeout = {timeout_s * 1000:.0f}")
+            self._driver.set_timeout(self._connection, timeout_s)
             self._lock_timeout_s = timeout_s
         return self._connection
 
+    def _may_join(self, jobs: Sequence[_Asked[object]], job: _Asked[object]) -> bool:
+        """Whether a work may share a transaction with those before it."""
+        if len(jobs) >= MAX_GROUP:
+            return False
+        return self._driver.groups_all or (isinstance(job.work, Locked) and isinstance(jobs[0].work, Locked))
+
+    def _run(self, job: _Asked[object], cursor: Transaction) -> None:
+        try:
+            job.answer = job.work(cursor)
+        except self._driver.error:
+            raise
+        except Exception as exc:
+            job.error = exc
+            raise _WorkRaised from exc
+        cursor.complete()
+
+    def _run_together(self, jobs: Sequence[_Asked[object]], cursor: Any) -> None:
+        """Run each; what raises has written nothing. A savepoint a work is dear, so only where one failed halfway."""
+        cursor.execute("SAVEPOINT works")
+        if all(self._ran_cleanly(job, cursor) for job in jobs):
+            cursor.complete()
+            return
+        cursor.execute("ROLLBACK TO works")
+        for job in jobs:
+            alone = self._driver.again(cursor)
+            alone.execute("SAVEPOINT work")
+            if self._ran_cleanly(job, alone):
+                alone.complete()
+            else:
+                alone.execute("ROLLBACK TO work")
+            alone.execute("RELEASE work")
+
+    def _ran_cleanly(self, job: _Asked[object], cursor: Any) -> bool:
+        """Run a work. False where it raised after it had written."""
+        job.error = None
+        before = self._driver.changes(cursor)
+        try:
+            job.answer = job.work(cursor)
+        except self._driver.error:
+            raise  # the whole transaction is in doubt
+        except Exception as exc:  # noqa: BLE001  one caller's error is that caller's answer
+            job.error = exc
+            return self._driver.changes(cursor) == before
+        return True
+
     def _told(self, error: Exception) -> Exception:
         """What callers are told of an error of the database."""
-        if not isinstance(error, sqlite3.Error):
+        if not isinstance(error, self._driver.error):
             return error
-        told = translated(error, self._path)
+        told: Exception = self._driver.told(error)
         told.__cause__ = error
         return told
 
@@ -348,7 +384,12 @@ class Writer:
                     job = waiting.popleft() if waiting else self._inbox.get_nowait()
                 except Empty:
                     return
-                if job is not None and job.take():
+                if job is None:
+                    continue
+                if jobs and not self._may_join(jobs, job):
+                    waiting.appendleft(job)
+                    return
+                if job.take():
                     jobs.append(job)
 
         try:
@@ -383,44 +424,3 @@ def _wake(done: list[asyncio.Future[None]]) -> None:
 
 class _WorkRaised(Exception):
     """A lone work raised: its transaction is rolled back, and its error is its caller's answer."""
-
-
-def _run(job: _Asked[object], cursor: sqlite3.Cursor) -> None:
-    try:
-        job.answer = job.work(cursor)
-    except sqlite3.Error:
-        raise
-    except Exception as exc:
-        job.error = exc
-        raise _WorkRaised from exc
-
-
-def _run_together(jobs: Sequence[_Asked[object]], cursor: Transaction) -> None:
-    """Run each; what raises has written nothing. A savepoint a work is dear, so only where one failed halfway."""
-    cursor.execute("SAVEPOINT works")
-    if all(_ran_cleanly(job, cursor) for job in jobs):
-        cursor.complete()
-        return
-    cursor.execute("ROLLBACK TO works")
-    for job in jobs:
-        alone = cursor.connection.cursor(Transaction)
-        alone.execute("SAVEPOINT work")
-        if _ran_cleanly(job, alone):
-            alone.complete()
-        else:
-            alone.execute("ROLLBACK TO work")
-        alone.execute("RELEASE work")
-
-
-def _ran_cleanly(job: _Asked[object], cursor: sqlite3.Cursor) -> bool:
-    """Run a work. False where it raised after it had written."""
-    job.error = None
-    before = cursor.connection.total_changes
-    try:
-        job.answer = job.work(cursor)
-    except sqlite3.Error:
-        raise  # the whole transaction is in doubt
-    except Exception as exc:  # noqa: BLE001  one caller's error is that caller's answer
-        job.error = exc
-        return cursor.connection.total_changes == before
-    return True

@@ -1,13 +1,12 @@
 """The stores under test: how to open a meter that decides on each, and how to look at what it keeps.
 
-A store joins the suite by an entry in `STORES`.
+A store joins the suite by an entry in `STORES`. One with `postgres` in its name has its ledger there, others in a file.
 """
 
 from __future__ import annotations
 
 import asyncio
 import inspect
-import shutil
 import threading
 from functools import cache, partial
 from itertools import count
@@ -25,7 +24,6 @@ from tests.servers import RedisServer, flavours
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from datetime import datetime
-    from pathlib import Path
 
     from metering.admission.verify import CounterCheck
 
@@ -38,8 +36,7 @@ class SqlPlace:
 
     longest_reply = 16 * 1024
 
-    def __init__(self, folder: Path, empty_ledger: Path, clock: Callable[[], datetime], *, awaited: bool) -> None:
-        url = f"sqlite:///{shutil.copy(empty_ledger, folder / 'ledger.db')}"
+    def __init__(self, url: str, clock: Callable[[], datetime], *, awaited: bool) -> None:
         options: dict[str, Any] = {"clock": clock, "strict_signals": True}
         self.meter: Any = Awaited(AsyncMeter(url, **options), clock) if awaited else Meter(url, **options)
 
@@ -80,15 +77,12 @@ class RedisPlace:
 
     _numbers = count()
 
-    def __init__(
-        self, folder: Path, empty_ledger: Path, clock: Callable[[], datetime], *, flavour: str, awaited: bool
-    ) -> None:
+    def __init__(self, url: str, clock: Callable[[], datetime], *, flavour: str, awaited: bool) -> None:
         server = _server(flavour)
         number = next(self._numbers) % DATABASES
         self._client = server.client()
         self._client.select(number)
         self._client.flushdb()
-        url = f"sqlite:///{shutil.copy(empty_ledger, folder / 'ledger.db')}"
         options: dict[str, Any] = {
             "clock": clock,
             "strict_signals": True,
@@ -197,9 +191,13 @@ def _server(flavour: str) -> RedisServer:
     return server
 
 
+_FIRST = next(iter(flavours()))
 STORES: dict[str, Callable[..., SqlPlace | RedisPlace]] = {
     "sqlite": partial(SqlPlace, awaited=False),
     "sqlite-async": partial(SqlPlace, awaited=True),
+    "postgres": partial(SqlPlace, awaited=False),
+    "postgres-async": partial(SqlPlace, awaited=True),
     **{flavour: partial(RedisPlace, flavour=flavour, awaited=False) for flavour in flavours()},
-    f"{next(iter(flavours()))}-async": partial(RedisPlace, flavour=next(iter(flavours())), awaited=True),
+    f"{_FIRST}-async": partial(RedisPlace, flavour=_FIRST, awaited=True),
+    f"{_FIRST}-postgres": partial(RedisPlace, flavour=_FIRST, awaited=False),
 }

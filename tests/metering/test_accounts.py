@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 ADOPTED = "sk-live-0123456789abcdef"
 
 
+@pytest.fixture
+def ledger_url(either_url: str) -> str:
+    return either_url
+
+
 def actions(meter: Meter) -> list[tuple[str, str, str]]:
     with meter.ledger.read() as connection:
         entries = admin_log.entries(connection, limit=100)

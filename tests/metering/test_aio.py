@@ -19,6 +19,7 @@ from metering.aio import AsyncAccounts, AsyncHold, AsyncKeys
 from metering.errors import InvalidEvent, LimitExceeded, SettleConflict, StoreUnavailable, UnknownAccount, UnknownKey
 from metering.holds import Hold, UnsettledHold
 from metering.ledger.forks import Gate
+from metering.ledger.transactions import SqliteDriver
 from metering.ledger.writer import MAX_GROUP, Writer
 from metering.plans import Plan
 from metering.testing import temporary_async_meter
@@ -151,7 +152,6 @@ async def test_the_loop_runs_on_while_another_writer_holds_the_ledger(meter: Asy
         lambda: meter.consume(secret, line="a"),
         lambda: meter.record(account="acme", line="a"),
         lambda: meter.keys.create("acme"),
-        meter.expire_holds,
     ]
     tasks = [asyncio.create_task(call()) for call in calls]
     for _ in range(200):
@@ -534,7 +534,7 @@ def writer(tmp_path: Path) -> Iterator[Writer]:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("CREATE TABLE numbers (number UNIQUE)")
     connection.close()
-    writer = Writer(path, timeout_s=DEADLINE_S, gate=Gate())
+    writer = Writer(SqliteDriver(path), timeout_s=DEADLINE_S, gate=Gate())
     yield writer
     writer.close()
 

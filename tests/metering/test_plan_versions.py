@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from metering import Meter
 
 
+@pytest.fixture
+def ledger_url(either_url: str) -> str:
+    return either_url
+
+
 def plan(fee: str) -> Plan:
     return Plan.from_dict("p", {"retention_days": 1, "base_fee": fee})
 

@@ -18,7 +18,8 @@ from metering.errors import StoreUnavailable
 from metering.ledger import forks as forks_module
 from metering.ledger import writer as writer_module
 from metering.ledger.forks import Gate
-from metering.ledger.writer import MAX_GROUP, Transaction, Writer, _Job
+from metering.ledger.transactions import SqliteDriver, _SqliteTransaction
+from metering.ledger.writer import MAX_GROUP, Writer, _Job
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -107,7 +108,7 @@ def open_writer(path: Path) -> Iterator[Callable[[float], Writer]]:
     opened: list[Writer] = []
 
     def open_one(timeout_s: float = DEADLINE_S) -> Writer:
-        opened.append(Writer(path, timeout_s=timeout_s, gate=Gate()))
+        opened.append(Writer(SqliteDriver(path), timeout_s=timeout_s, gate=Gate()))
         return opened[-1]
 
     yield open_one
@@ -213,7 +214,7 @@ def test_an_interrupt_in_a_group_is_the_leader_s_alone(writer: Writer, path: Pat
     assert writer.run(insert(3)) == 3
 
 
-class _InterruptedAfterCommit(Transaction):
+class _InterruptedAfterCommit(_SqliteTransaction):
     """Python delivers a signal that arrived during the commit right after it."""
 
     def execute(self, sql: str, *arguments: Any) -> sqlite3.Cursor:
@@ -246,7 +247,7 @@ class Interrupting:
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
 
-    def cursor(self, factory: type[Transaction]) -> Transaction:
+    def cursor(self, factory: type[_SqliteTransaction]) -> _SqliteTransaction:
         assert issubclass(_InterruptedAfterCommit, factory)
         return self._connection.cursor(_InterruptedAfterCommit)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import sqlalchemy as sa
@@ -16,12 +16,11 @@ from metering.admission.redis.keys import account_keys, counter_key, rate_key, s
 from metering.billing.money import EXACT
 from metering.ledger import outbox
 from metering.ledger.schema import account_plans, accounts, api_keys, plan_versions
+from metering.ledger.transactions import cursor_of
 from metering.plans import Plan
 from metering.windows import period_label, period_window
 
 if TYPE_CHECKING:
-    import sqlite3
-
     from metering.admission.directory import Directory
     from metering.ledger import Ledger
     from metering.plans import Limit
@@ -222,7 +221,7 @@ def read_key(ledger: Ledger, digest: str) -> KnownKey | None:
 def read_account(ledger: Ledger, directory: Directory, account: str, at: datetime) -> AccountCopy:
     """An account as the ledger has it, in one moment of the ledger. Raises `UnknownAccount`."""
     with ledger.read() as connection:
-        cursor = cast("sqlite3.Cursor", connection.connection.cursor())
+        cursor = cursor_of(connection)
         placed = directory.place(cursor, account, at)
         zone = connection.execute(
             sa.select(accounts.c.time_zone, accounts.c.anchor_day).where(accounts.c.account == account)

@@ -24,7 +24,6 @@ from metering.errors import InvalidSetting, SettleConflict, StoreUnavailable
 from metering.spool import Spool
 
 if TYPE_CHECKING:
-    import sqlite3
     from collections.abc import Callable, Mapping
     from datetime import datetime
     from pathlib import Path
@@ -33,13 +32,14 @@ if TYPE_CHECKING:
     from metering.admission.redis.link import Link
     from metering.events import Call
     from metering.ledger import Ledger
+    from metering.ledger.transactions import Cursor
     from metering.spool import Line, Shipped
 
 __all__ = ["Courier"]
 
 logger = logging.getLogger("metering")
 
-_SQL = statements("sqlite")
+_SQL = statements()
 EVERY_S = 1.0
 MOST_CLOSE_S = 30.0
 
@@ -178,7 +178,7 @@ class Courier:
         self._is_empty = True
 
 
-def _log(cursor: sqlite3.Cursor, rows: list[dict[str, Any]]) -> None:
+def _log(cursor: Cursor, rows: list[dict[str, Any]]) -> None:
     cursor.executemany(_SQL["insert_log_once"], rows)
 
 

@@ -7,7 +7,7 @@ are drained meanwhile are both in the stream and in the ledger: `booking.foresee
 from __future__ import annotations
 
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -16,16 +16,17 @@ from metering.admission.redis.copies import scaled, to_us
 from metering.admission.redis.stream import BODY, decode_event
 from metering.booking import foreseen
 from metering.events import TOKEN_FIELDS, metric_amounts
+from metering.ledger.transactions import cursor_of
 from metering.ledger.types import parse_instant
 
 if TYPE_CHECKING:
-    import sqlite3
     from collections.abc import Iterable
     from datetime import datetime
 
     from metering.admission.decide import Counter
     from metering.booking import Found
     from metering.ledger import Ledger
+    from metering.ledger.transactions import Cursor
 
 __all__ = ["Count", "OpenHold", "open_holds", "recounted", "undrained_of"]
 
@@ -73,13 +74,13 @@ def recounted(
 ) -> list[Count]:
     """Each counter as it is to be kept."""
     with ledger.read() as connection:
-        cursor = cast("sqlite3.Cursor", connection.connection.cursor())
+        cursor = cursor_of(connection)
         coming = foreseen(cursor, shard, undrained, now)
         return [_count(cursor, account, counter, coming, holds) for counter in counters]
 
 
 def _count(
-    cursor: sqlite3.Cursor, account: str, counter: Counter, coming: list[dict[str, Any]], holds: list[OpenHold]
+    cursor: Cursor, account: str, counter: Counter, coming: list[dict[str, Any]], holds: list[OpenHold]
 ) -> Count:
     def counts(at_us: int, line: str, key_id: str | None) -> bool:
         return (

@@ -182,7 +182,7 @@ def upgrade() -> None:
         sa.Column("key_id", sa.String(length=36), nullable=False),
         sa.Column("units", sa.Integer(), nullable=False),
         sa.Column("period_us", sa.BigInteger(), nullable=False),
-        sa.Column("arrival", types.ExactDecimal(), nullable=False),
+        sa.Column("arrival", types.WholeNumber(), nullable=False),
         sa.PrimaryKeyConstraint(
             "account", "metric", "line", "key_id", "units", "period_us", name=op.f("pk_rate_counters")
         ),

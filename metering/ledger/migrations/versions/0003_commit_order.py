@@ -1,0 +1,17 @@
+"""Which transaction wrote an event, on Postgres: its numbers there do not come in the order of commits."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0003"
+down_revision = "0002"
+
+
+def upgrade() -> None:
+    if op.get_bind().dialect.name != "postgresql":
+        return
+    current_xid = sa.text("(pg_current_xact_id()::text)::bigint")
+    op.add_column("events", sa.Column("commit_xid", sa.BigInteger(), server_default=current_xid, nullable=False))
+    op.create_index(op.f("ix_events_commit_xid"), "events", ["commit_xid"], unique=False)
