@@ -1,0 +1,123 @@
+"""`tallystick`: the library's command line. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+import typer
+
+from metering.cli import accounts, importing, plans, quotas
+from metering.cli.shared import GROUP, Account, AsJson, End, Start, instant, open_meter
+from metering.console import fields_of, show
+from metering.errors import InvalidSetting, MeteringError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Metering, quotas and billing facts for LLM-backed APIs. Settings are METERING_* variables; with none set, "
+    "everything lies in .tallystick.",
+    **GROUP,
+)
+
+MAX_ENTRIES = 10_000
+
+
+def main() -> None:
+    """Run the command line. What is wrong is said in one line, without a traceback."""
+    try:
+        app()
+    except (MeteringError, OSError) as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        sys.exit(1)
+
+
+def init() -> None:
+    """Create the ledger, with the plans of plans.toml where that file exists."""
+    from metering.settings import Settings
+
+    with open_meter(create=True) as meter:
+        done = "created" if meter.ledger.is_new else "is there already"
+        typer.echo(f"ledger {meter.ledger.where} {done}")
+        settings = Settings.from_env()
+        source = f"from {settings.plans}" if settings.plans.exists() else "built in: free, pro, premium, enterprise"
+        if meter.ledger.is_new:
+            typer.echo(f"plans {source}")
+
+
+def migrate() -> None:
+    """Bring the ledger's schema to the one this version needs."""
+    from metering.ledger import SCHEMA, Ledger
+    from metering.settings import Settings
+
+    settings = Settings.from_env()
+    ledger = Ledger(settings.ledger_url, timeout_s=settings.timeout_s, upgrade=True)
+    ledger.close()
+    typer.echo(f"ledger {ledger.where} is at schema {SCHEMA}")
+
+
+def usage(
+    account: Account,
+    start: Start = None,
+    end: End = None,
+    by: Annotated[str | None, typer.Option(help="line, model, day (UTC), key_id or operation.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What an account used."""
+    with open_meter() as meter:
+        totals = meter.usage(account, start=instant("--start", start), end=instant("--end", end), by=by)  # type: ignore[arg-type]
+    show([fields_of(total) for total in totals], as_json)
+
+
+def log(
+    account: Annotated[str | None, typer.Argument(help="The account; or give --key-id.")] = None,
+    key_id: Annotated[str | None, typer.Option(help="Calls of one key.")] = None,
+    start: Start = None,
+    end: End = None,
+    limit: Annotated[int, typer.Option(help="At most so many, the newest first.")] = 100,
+    admin: Annotated[bool, typer.Option("--admin", help="The admin log instead: who changed what.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """The request log: bodies, errors and latencies of calls."""
+    from metering.ledger import admin_log
+
+    if not 1 <= limit <= MAX_ENTRIES:
+        raise InvalidSetting("--limit", limit, f"1 to {MAX_ENTRIES}")
+    if admin and (account or key_id or start or end):
+        raise InvalidSetting("--admin", True, "no account, key or time beside it: the admin log is shown as it is")
+    with open_meter() as meter:
+        entries: Iterable[Any]
+        if admin:
+            with meter.ledger.read() as connection:
+                entries = admin_log.entries(connection, limit=limit)
+        else:
+            entries = meter.log(
+                account, key_id=key_id, start=instant("--start", start), end=instant("--end", end), limit=limit
+            )
+        show([fields_of(entry) for entry in entries], as_json)
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """What is configured, reachable and migrated. Exit status 1: something is not."""
+    from metering.doctor import examine
+
+    findings = examine()
+    show([fields_of(finding) for finding in findings], as_json)
+    if not all(finding.ok for finding in findings):
+        sys.exit(1)
+
+
+# In the order of `tallystick --help`.
+app.command()(init)
+app.command()(migrate)
+app.command("import")(importing.import_files)
+app.command()(usage)
+app.command()(quotas.drain)
+app.command()(log)
+app.command()(quotas.verify)
+app.command()(doctor)
+app.add_typer(plans.plans, name="plans")
+app.add_typer(accounts.accounts, name="accounts")
+app.add_typer(accounts.keys, name="keys")
+app.add_typer(quotas.quota, name="quota")
