@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from metering.accounts import Accounts, Keys
 from metering.admission.aio import AsyncSqlStore
+from metering.admission.patient import AsyncPatientStore
 from metering.calls import SecretGiven
+from metering.errors import StoreUnavailable
 from metering.holds import HeldCall, Hold, Release
 from metering.meter import Meter, settings_from_env
 
@@ -104,8 +106,13 @@ class AsyncMeter(_InThreads[Meter]):
         meter = self._blocking
         self.accounts = AsyncAccounts(meter.accounts)
         self.keys = AsyncKeys(meter.keys)
-        self._redis = None if meter._quota_place is None else meter._quota_place.open_async(meter.ledger)
-        self._store: AsyncAdmissionStore = self._redis or AsyncSqlStore(meter.ledger, clock=meter._clock)
+        known = meter._last_known
+        self._redis = None
+        if meter._quota_place is not None and meter._redis is not None:
+            self._redis = meter._quota_place.open_async(meter.ledger, meter._redis, known)
+        self._store = AsyncPatientStore(
+            self._redis or AsyncSqlStore(meter.ledger, known, clock=meter._clock), meter._store
+        )
         self._keeper = _AsyncKeeper(self._renew, every_s=meter._hold_ttl_s / 3)
 
     @classmethod
@@ -146,7 +153,11 @@ class AsyncMeter(_InThreads[Meter]):
     @_same_words(Meter.record)
     async def record(self, *, account: str, line: str, **said: Any) -> bool:
         try:
-            await self._store.append([self._blocking._calls.signal(account=account, line=line, **said)])
+            event = self._blocking._calls.signal(account=account, line=line, **said)
+            try:
+                await self._store.append([event])
+            except StoreUnavailable:
+                await self._store.append_later(event)
         except Exception:  # noqa: BLE001  whatever it is, it is logged
             self._blocking._note_drop(account, line)
             return False
@@ -162,10 +173,7 @@ class AsyncMeter(_InThreads[Meter]):
     async def expire_holds(self) -> int:
         return await self._store.expire()
 
-    async def flush(self) -> None:
-        """Carry what waits in the spool, of this process and of those that are gone. Raises `StoreUnavailable`."""
-        if self._redis is not None:
-            await self._redis.flush()
+    flush = _in_thread(Meter.flush)
 
     async def aclose(self) -> None:
         """Close every connection, after a last attempt to carry what waits in the spool."""

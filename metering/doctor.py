@@ -147,18 +147,17 @@ def _counters(ledger: Ledger) -> str:
 
 def _redis(settings: Settings, url: str, ledger: Ledger) -> Iterator[Finding]:
     try:
-        place = QuotaPlace(url=url, timeout_s=settings.quota_timeout_s, spool=settings.spool, allow_eviction=True)
-        store = place.open(ledger)
+        link = QuotaPlace(url=url, timeout_s=settings.quota_timeout_s, allow_eviction=True).link()
     except MeteringError as exc:
         yield Finding(what="redis", ok=False, says=str(exc))
         return
     try:
-        yield from _servers(url, store.link, allow_eviction=settings.allow_eviction)
-        yield _shards(ledger, store.link)
-        yield _lag(ledger, store.link)
+        yield from _servers(url, link, allow_eviction=settings.allow_eviction)
+        yield _shards(ledger, link)
+        yield _lag(ledger, link)
     except MeteringError as exc:
         yield Finding(what="redis", ok=False, says=str(exc))
-    store.close()
+    link.close()
     try:
         yield from _carried(ledger)
     except MeteringError as exc:

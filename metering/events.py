@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field, fields
+from datetime import datetime  # noqa: TC003  of records that msgspec reads
 from decimal import Decimal
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
@@ -17,7 +18,6 @@ from metering.errors import InvalidEvent, InvalidUsage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from datetime import datetime
 
 __all__ = [
     "METRICS",

@@ -10,11 +10,14 @@ from uuid import UUID
 
 from metering import checks, corrections
 from metering.accounts import Accounts, Keys
+from metering.admission.last_known import LastKnown
+from metering.admission.patient import PatientStore
 from metering.admission.places import QuotaPlace
 from metering.admission.sql import SqlStore
 from metering.calls import Calls, SecretGiven
 from metering.clock import utc_now
-from metering.errors import InvalidEvent, InvalidSetting, UnknownKey
+from metering.courier import Courier
+from metering.errors import InvalidEvent, InvalidSetting, StoreUnavailable, UnknownKey
 from metering.events import CallDescription, CallerType, TokenUsage
 from metering.holds import Hold, Keeper
 from metering.ledger import Ledger, plan_versions
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
     import sqlalchemy as sa
 
     from metering.accounts import ApiKey
-    from metering.admission.protocol import AdmissionStore, Decision, LimitStatus
+    from metering.admission.protocol import Decision, LimitStatus
     from metering.corrections import Correction
     from metering.ledger.plan_versions import PlanVersion
     from metering.plans import Plan
@@ -114,16 +117,19 @@ class Meter:
             create=ledger_url.startswith("sqlite:") if create is None else create,
             first=lambda connection: _apply_file(connection, plans, clock(), actor),
         )
+        self._courier = Courier(spool or _spool_beside(self.ledger))
+        self._last_known = LastKnown(clock)
         self._quota_place = None
         if quota_url is not None:
             self._quota_place = QuotaPlace(
                 url=quota_url,
                 timeout_s=quota_timeout_s,
-                spool=spool or _spool_beside(self.ledger),
                 clock=None if clock is utc_now else clock,
                 allow_eviction=allow_eviction,
             )
-        self._redis = None if self._quota_place is None else self._quota_place.open(self.ledger)
+        self._redis = None
+        if self._quota_place is not None:
+            self._redis = self._quota_place.open(self.ledger, self._courier, self._last_known)
         self._announce: Callable[[], object] = no_one if self._redis is None else self._redis.announce
         self.accounts = Accounts(self.ledger, clock=clock, actor=actor, announce=self._announce)
         self.keys = Keys(
@@ -133,7 +139,9 @@ class Meter:
         """Signals that `record` could not keep since this meter was made."""
         self._clock = clock
         self._actor = actor
-        self._store: AdmissionStore = self._redis or SqlStore(self.ledger, clock=clock)
+        self._store = PatientStore(
+            self._redis or SqlStore(self.ledger, self._last_known, clock=clock), self._courier, self._last_known
+        )
         self._calls = Calls(self.keys.digest, clock=clock, hold_ttl_s=hold_ttl_s)
         self._hold_ttl_s = hold_ttl_s
         self._strict_signals = strict_signals
@@ -233,7 +241,7 @@ class Meter:
         caller_type: CallerType = "production_agent",
         **described: Unpack[CallDescription],
     ) -> bool:
-        """Record a signal: a fact that asks no limits. True if it is in the ledger now, also from an earlier call.
+        """Record a signal: a fact that asks no limits. True if the ledger has it, or will: it may wait in the spool.
 
         Never raises into the app: what cannot be kept is logged and counted in `dropped`. `dashboard` and `internal`
         callers are recorded, not billed.
@@ -249,7 +257,10 @@ class Meter:
                 caller_type=caller_type,
                 **described,
             )
-            self._store.append([event])
+            try:
+                self._store.append([event])
+            except StoreUnavailable:
+                self._store.append_later(event)
         except Exception:  # noqa: BLE001  whatever it is, it is logged
             self._note_drop(account, line)
             return False
@@ -343,12 +354,12 @@ class Meter:
 
     def flush(self) -> None:
         """Carry what waits in the spool, of this process and of those that are gone. Raises `StoreUnavailable`."""
-        if self._redis is not None:
-            self._redis.flush()
+        self._courier.ship()
 
     def close(self) -> None:
         """Close every connection, after a last attempt to carry what waits in the spool."""
         self._keeper.close()
+        self._courier.close()
         if self._redis is not None:
             self._redis.close()
         self.ledger.close()

@@ -23,6 +23,7 @@ __all__ = ["BUILT_IN", "Limit", "Plan", "parse_plans"]
 LimitPer = Literal["minute", "hour", "day", "week", "month", "period"]
 Scope = Literal["account", "key"]
 Reconcile = Literal["none", "traces", "provider"]
+Fail = Literal["closed", "open"]
 
 MAX_LIMITS = 32
 MAX_RATES = 500
@@ -31,10 +32,11 @@ MAX_RETENTION_DAYS = 36_500
 _PER: tuple[LimitPer, ...] = ("minute", "hour", "day", "week", "month", "period")
 _SCOPES: tuple[Scope, ...] = ("account", "key")
 _RECONCILE: tuple[Reconcile, ...] = ("none", "traces", "provider")
+_FAIL: tuple[Fail, ...] = ("closed", "open")
 _RATE = re.compile(r"([1-9][0-9]{0,15})/(second|minute|hour|day)")
 _UNIT_S = {"second": 1, "minute": 60, "hour": 3_600, "day": 86_400}
 _LIMIT_KEYS = ("metric", "per", "max", "rate", "burst", "scope", "line")
-_PLAN_KEYS = ("currency", "base_fee", "minimum", "retention_days", "reconcile", "limits", "rates")
+_PLAN_KEYS = ("currency", "base_fee", "minimum", "retention_days", "reconcile", "fail", "limits", "rates")
 _ZERO = Decimal(0)
 
 
@@ -168,6 +170,8 @@ class Plan:
     """How long the request log is kept."""
     reconcile: Reconcile = "none"
     """What must agree with the billed tokens before a period closes."""
+    fail: Fail = "closed"
+    """What becomes of calls while the store is away: refused, or admitted without asking limits and billed later."""
     limits: tuple[Limit, ...] = ()
     rates: tuple[Rate, ...] = ()
 
@@ -186,6 +190,8 @@ class Plan:
             )
         if self.reconcile not in _RECONCILE:
             raise InvalidPlan(f"{root}.reconcile", f"got {self.reconcile!r}, expected one of {', '.join(_RECONCILE)}")
+        if self.fail not in _FAIL:
+            raise InvalidPlan(f"{root}.fail", f"got {self.fail!r}, expected one of {', '.join(_FAIL)}")
         _check_limits(root, self.limits)
         _check_rates(root, self.rates, self.currency)
 
@@ -201,6 +207,7 @@ class Plan:
             minimum=table.number("minimum", _ZERO),
             retention_days=table.whole("retention_days"),
             reconcile=table.text("reconcile", "none"),  # type: ignore[arg-type]  # checked by the record
+            fail=table.text("fail", "closed"),  # type: ignore[arg-type]  # checked by the record
             limits=tuple(Limit.from_dict(limit, where=place) for place, limit in table.tables("limits")),
             rates=tuple(Rate.from_dict(rate, where=place) for place, rate in table.tables("rates")),
         )
@@ -213,6 +220,8 @@ class Plan:
             "minimum": written(self.minimum),
             "retention_days": self.retention_days,
             "reconcile": self.reconcile,
+            # Versions are told apart by this text, and those of before knew no other way to fail.
+            **({} if self.fail == "closed" else {"fail": self.fail}),
             "limits": [limit.to_dict() for limit in self.limits],
             "rates": [rate.to_dict() for rate in self.rates],
         }

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from datetime import datetime
 
+    from metering.admission.last_known import LastKnown
     from metering.admission.protocol import (
         Admission,
         Appended,
@@ -32,9 +33,11 @@ __all__ = ["AsyncSqlStore"]
 class AsyncSqlStore:
     """Decides on the ledger, awaited. Keeps `AsyncAdmissionStore`'s promises; `clock` is the store's own time."""
 
-    def __init__(self, ledger: Ledger, *, clock: Callable[[], datetime] = utc_now) -> None:
+    def __init__(
+        self, ledger: Ledger, last_known: LastKnown | None = None, *, clock: Callable[[], datetime] = utc_now
+    ) -> None:
         self._ledger = ledger
-        self._works = SqlWorks(Directory(), clock)
+        self._works = SqlWorks(Directory(), clock, last_known)
         self._reads = SqlStore(ledger, clock=clock)
 
     async def admit(self, admission: Admission, now: datetime | None = None) -> Decision:

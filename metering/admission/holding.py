@@ -16,12 +16,13 @@ from metering.ledger.types import decimal_text, instant_text, parse_instant
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from datetime import datetime
+    from uuid import UUID
 
     from metering.admission.protocol import HoldTicket, Settlement
     from metering.events import Call
     from metering.ledger.transactions import Cursor
 
-__all__ = ["KeptHold", "give_back", "keep_hold", "move_rates", "settlement_digest"]
+__all__ = ["KeptHold", "give_back", "keep_hold", "keep_settled", "move_rates", "settlement_digest"]
 
 _SQL = statements()
 
@@ -69,6 +70,24 @@ def keep_hold(
         },
     )
     CounterBook.of(cursor).forget_expiries(hold.account)
+
+
+def keep_settled(cursor: Cursor, hold: HoldTicket, call: Call, digest: str, event_id: UUID, *, is_known: bool) -> None:
+    """Note how a hold was settled. One that the ledger does not know is written: the same settle may come again."""
+    row = {
+        "hold_id": hold.hold_id.hex,
+        "event_id": hold.event_id.hex,
+        "account": hold.account,
+        "key_id": hold.key_id,
+        "line": call.line,
+        "run_id": call.run_id,
+        "fingerprint": hold.fingerprint,
+        "admitted_at": instant_text(hold.admitted_at),
+        "expires_at": instant_text(hold.expires_at),
+        "settlement": digest,
+        "settled_event_id": event_id.hex,
+    }
+    cursor.execute(_SQL["settle_hold" if is_known else "insert_settled_hold"], row)
 
 
 def give_back(cursor: Cursor, hold: KeptHold, state: str, now: datetime) -> None:

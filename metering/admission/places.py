@@ -10,10 +10,12 @@ from metering.errors import InvalidSetting
 if TYPE_CHECKING:
     from collections.abc import Callable
     from datetime import datetime
-    from pathlib import Path
 
+    from metering.admission.last_known import LastKnown
     from metering.admission.redis.aio_store import AsyncRedisStore
+    from metering.admission.redis.link import Link
     from metering.admission.redis.store import RedisStore
+    from metering.courier import Courier
     from metering.ledger import Ledger
 
 __all__ = ["QuotaPlace"]
@@ -25,7 +27,6 @@ class QuotaPlace:
 
     url: str
     timeout_s: float
-    spool: Path
     clock: Callable[[], datetime] | None = None
     """None: the servers' own."""
     allow_eviction: bool = False
@@ -37,27 +38,35 @@ class QuotaPlace:
         except ImportError as exc:
             raise InvalidSetting("METERING_QUOTA_URL", "a Redis URL", "pip install 'tallystick[redis]'") from exc
 
-    def open(self, ledger: Ledger) -> RedisStore:
+    def link(self) -> Link:
+        """Connections to it, for threads."""
+        from metering.admission.redis.link import Link  # noqa: PLC0415
+
+        return Link(self.url, timeout_s=self.timeout_s, allow_eviction=self.allow_eviction)
+
+    def open(self, ledger: Ledger, courier: Courier, last_known: LastKnown) -> RedisStore:
         """Its store for threads."""
         from metering.admission.redis.store import RedisStore  # noqa: PLC0415
 
         return RedisStore(
             ledger,
             self.url,
-            spool=self.spool,
+            courier=courier,
+            last_known=last_known,
             timeout_s=self.timeout_s,
             clock=self.clock,
             allow_eviction=self.allow_eviction,
         )
 
-    def open_async(self, ledger: Ledger) -> AsyncRedisStore:
-        """Its store for event loops."""
+    def open_async(self, ledger: Ledger, blocking: RedisStore, last_known: LastKnown) -> AsyncRedisStore:
+        """Its store for event loops; `blocking` is told what goes by the spool."""
         from metering.admission.redis.aio_store import AsyncRedisStore  # noqa: PLC0415
 
         return AsyncRedisStore(
             ledger,
             self.url,
-            spool=self.spool,
+            later=blocking.later,
+            last_known=last_known,
             timeout_s=self.timeout_s,
             clock=self.clock,
             allow_eviction=self.allow_eviction,

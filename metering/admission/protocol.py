@@ -12,19 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime  # noqa: TC003  of records that msgspec reads
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Protocol
+from uuid import UUID  # noqa: TC003
 
 import msgspec
 
-from metering.errors import LimitExceeded, Replayed
+from metering.errors import LimitExceeded, Replayed, StoreUnavailable
+from metering.events import Call, TokenUsage  # noqa: TC001
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from datetime import datetime
-    from uuid import UUID
 
-    from metering.events import Call, TokenUsage, UsageEvent
+    from metering.events import UsageEvent
     from metering.plans import Limit
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Settled",
     "Settlement",
     "Standing",
+    "Undecided",
 ]
 
 
@@ -66,6 +68,14 @@ class Admission(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     hold_ttl_s: float | None = None
     """None: the cost is known, and the event is written at once."""
     bodies: Bodies = Bodies()
+
+
+class Undecided(StoreUnavailable):
+    """A call was sent, and no answer came in time. `undo` is what the store is to be told, lest it be admitted."""
+
+    def __init__(self, message: str, undo: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.undo = undo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +158,8 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     response_expired: bool = False
     """True for a replay whose stored response is no longer, or never was, kept."""
     hold: HoldTicket | None = None
+    unchecked: bool = False
+    """True where no limit was asked: the store was away, and the plan fails open. It is billed and counted later."""
 
     @property
     def tightest(self) -> LimitStatus | None:

@@ -17,7 +17,8 @@ from metering.admission.decide import (
     weigh,
 )
 from metering.admission.directory import CurrentDirectory, Directory
-from metering.admission.holding import KeptHold, give_back, keep_hold, move_rates, settlement_digest
+from metering.admission.holding import KeptHold, give_back, keep_hold, keep_settled, move_rates, settlement_digest
+from metering.admission.last_known import KnownTerms
 from metering.admission.protocol import Appended, Decision, HoldTicket, LimitStatus, Settled
 from metering.admission.rows import event_row, log_row
 from metering.admission.statements import by_position, statements
@@ -31,6 +32,8 @@ from metering.ledger.types import instant_text, parse_instant
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from metering.admission.directory import Placement
+    from metering.admission.last_known import LastKnown
     from metering.admission.protocol import Admission, Bodies, Settlement
     from metering.events import Call, UsageEvent
     from metering.ledger import Ledger
@@ -51,11 +54,13 @@ REPLAY_KEPT = timedelta(hours=24)
 class SqlStore:
     """Decides on the ledger. Keeps `AdmissionStore`'s promises; `clock` is the store's own time."""
 
-    def __init__(self, ledger: Ledger, *, clock: Callable[[], datetime] = utc_now) -> None:
+    def __init__(
+        self, ledger: Ledger, last_known: LastKnown | None = None, *, clock: Callable[[], datetime] = utc_now
+    ) -> None:
         self._ledger = ledger
         self._clock = clock
         self._directory = Directory()
-        self._works = SqlWorks(self._directory, clock)
+        self._works = SqlWorks(self._directory, clock, last_known)
 
     def admit(self, admission: Admission, now: datetime | None = None) -> Decision:
         """See `AdmissionStore.admit`."""
@@ -113,8 +118,11 @@ class SqlStore:
 class SqlWorks:
     """Each verb as a work for the ledger's writer, which runs it in a transaction: now, or with others."""
 
-    def __init__(self, directory: Directory, clock: Callable[[], datetime]) -> None:
+    def __init__(
+        self, directory: Directory, clock: Callable[[], datetime], last_known: LastKnown | None = None
+    ) -> None:
         self._directory = directory
+        self._last_known = last_known
         self._current = CurrentDirectory()
         self._clock = clock
 
@@ -157,6 +165,7 @@ class SqlWorks:
         account, key_id = self._current.authenticate(cursor, admission.key_digest, now)
         self._expire_some(cursor, account, now, EXPIRED_PER_ADMISSION)
         placed = self._current.place(cursor, account, now)
+        self._remember(admission.key_digest, account, key_id, placed)
         call = admission.call
         keyed = call.idempotency_key is not None
         event_id = admission.event_id
@@ -235,6 +244,12 @@ class SqlWorks:
         for rate, arrival in verdict.arrivals.items():
             counters.put_arrival(rate, arrival)
         return decided(allowed=True, limits=verdict.statuses, hold=hold)
+
+    def _remember(self, digest: str, account: str, key_id: str, placed: Placement) -> None:
+        plan = placed.plan
+        if plan.fail == "open" and self._last_known is not None:
+            terms = KnownTerms(account, key_id, plan, placed.plan_version, placed.period, placed.label)
+            self._last_known.note(digest, terms)
 
     def _replay(
         self,
@@ -316,10 +331,7 @@ class SqlWorks:
         cursor.execute(_INSERT_EVENT, _values_of(row))
         replayable = billable and call.idempotency_key is not None
         _keep_bodies(cursor, row, call, settlement.bodies, now, replayable=replayable, hold_id=hold.hold_id)
-        cursor.execute(
-            _SQL["settle_hold"],
-            {"hold_id": hold.hold_id.hex, "settlement": digest, "settled_event_id": event_id.hex},
-        )
+        keep_settled(cursor, hold, call, digest, event_id, is_known=found is not None)
         return Settled(event_id=event_id, billable=billable, late=late)
 
     def _release(self, cursor: Cursor, hold: HoldTicket, call: Call, bodies: Bodies, now: datetime) -> bool:

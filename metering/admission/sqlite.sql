@@ -70,6 +70,15 @@ INSERT INTO holds (
     :rate_claims
 )
 
+-- name: insert_settled_hold
+INSERT INTO holds (
+    hold_id, event_id, account, key_id, line, run_id, fingerprint, state, admitted_at, expires_at, reserved, rate_claims,
+    settlement, settled_event_id
+) VALUES (
+    :hold_id, :event_id, :account, :key_id, :line, :run_id, :fingerprint, 'settled', :admitted_at, :expires_at, '{}',
+    '[]', :settlement, :settled_event_id
+)
+
 -- name: close_hold
 UPDATE holds SET state = :state WHERE hold_id = :hold_id AND state = 'open'
 

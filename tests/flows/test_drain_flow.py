@@ -66,9 +66,9 @@ def test_a_run_carries_drains_and_gives_back(
     app: Meter, secret: str, server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert app._redis is not None
-    monkeypatch.setattr(app._redis._courier, "ship", Shipped)  # only the job is to carry it
+    monkeypatch.setattr(app._courier, "ship", Shipped)  # only the job is to carry it
     app.consume(secret, line="chat", request={"number": 1})
-    app._redis._courier._spool.seal()
+    app._courier._spool.seal()
     hold = Meter.from_env(create=False)
     hold._calls._hold_ttl_s = 0.001
     hold.reserve(secret, line="chat")

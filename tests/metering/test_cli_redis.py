@@ -16,7 +16,7 @@ import pytest
 from metering import Meter, TokenUsage
 from metering.admission.redis.keys import shard_key, shard_of
 from metering.admission.redis.wire import NotDone
-from metering.cli import _Told
+from metering.cli.quotas import _Told
 from metering.drain import Drain
 from metering.spool import Shipped
 from tests.servers import RedisCluster, RedisServer, free_port, wait_until
@@ -134,12 +134,10 @@ def test_a_drain_bills_a_settle_that_redis_could_not_be_told(
     on_redis: Any, app: Meter, secret: str, server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hold = app.reserve(secret, line="chat", estimate=USAGE)
-    store = app._redis
-    assert store is not None
-    monkeypatch.setattr(store._courier, "ship", Shipped)  # only the drain is to carry it
+    monkeypatch.setattr(app._courier, "ship", Shipped)  # only the drain is to carry it
     with frozen(server):
         hold.settle(TokenUsage(input_tokens=3))
-    store._courier._spool.seal()
+    app._courier._spool.seal()
     assert on_redis("drain").out.endswith(" 1 inserted\n")
     [total] = app.usage("acme")
     assert (total.requests, total.input_tokens) == (1, 3)

@@ -38,8 +38,8 @@ SOON_S = 0.1
 
 
 @pytest.fixture(params=["sqlite", next(iter(flavours()))])
-def shop(request: pytest.FixtureRequest, tmp_path: Path, empty_ledger: Path, clock: Clock) -> Iterator[Shop]:
-    opened = Shop(STORES[request.param](tmp_path, empty_ledger, clock))
+def shop(request: pytest.FixtureRequest, sqlite_url: str, clock: Clock) -> Iterator[Shop]:
+    opened = Shop(STORES[request.param](sqlite_url, clock))
     yield opened
     opened.close()
 

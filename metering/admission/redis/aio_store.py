@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING
 
 from metering.admission.aio import AsyncSqlStore
-from metering.admission.protocol import Settled
 from metering.admission.redis.aio_link import AsyncLink
-from metering.admission.redis.courier import Courier
 from metering.admission.redis.drive import drive_async
-from metering.admission.redis.link import Link
-from metering.admission.redis.verbs import Undecided, Verbs
+from metering.admission.redis.verbs import Verbs
 from metering.clock import utc_now
-from metering.errors import InvalidSetting, StoreUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from datetime import datetime
-    from pathlib import Path
 
+    from metering.admission.last_known import LastKnown
     from metering.admission.protocol import (
         Admission,
         Appended,
@@ -27,11 +22,12 @@ if TYPE_CHECKING:
         Decision,
         HoldTicket,
         LimitStatus,
+        Settled,
         Settlement,
     )
+    from metering.admission.redis.later import Later
     from metering.events import Call, UsageEvent
     from metering.ledger import Ledger
-    from metering.spool import Shipped
 
 __all__ = ["AsyncRedisStore"]
 
@@ -44,42 +40,32 @@ class AsyncRedisStore:
         ledger: Ledger,
         url: str,
         *,
-        spool: Path,
+        later: Later,
+        last_known: LastKnown,
         timeout_s: float = 0.25,
         clock: Callable[[], datetime] | None = None,
         allow_eviction: bool = False,
     ) -> None:
         self.link = AsyncLink(url, timeout_s=timeout_s, allow_eviction=allow_eviction)
-        self._verbs = Verbs(ledger, self.link, timeout_s=timeout_s, clock=clock)
-        # What waits is carried by a thread, so it has connections of its own.
-        self._thread_link = Link(url, timeout_s=timeout_s, allow_eviction=allow_eviction)
-        self._courier = Courier(ledger, self._thread_link, spool, timeout_s=timeout_s, clock=clock)
+        self._verbs = Verbs(ledger, self.link, last_known, timeout_s=timeout_s, clock=clock)
+        self._later = later
         self._in_ledger = AsyncSqlStore(ledger, clock=clock or utc_now)
 
     async def admit(self, admission: Admission, now: datetime | None = None) -> Decision:
-        """See `AdmissionStore.admit`."""
-        try:
-            decision = await drive_async(self._verbs.admit(admission, now), self.link)
-        except Undecided as exc:
-            await asyncio.to_thread(self._courier.keep_cancel, exc.undo)
-            raise
+        """See `RedisStore.admit`."""
+        decision = await drive_async(self._verbs.admit(admission, now), self.link)
         if decision.allowed and not decision.replayed and decision.hold is None:
-            self._courier.keep_log(
+            self._later.keep_log(
                 decision.account, decision.key_id, admission.call, admission.bodies, event_id=decision.event_id
             )
         return decision
 
     async def settle(self, settlement: Settlement, now: datetime | None = None) -> Settled:
-        """See `AdmissionStore.settle`. What Redis cannot be told now it is told later: `Settled.pending`."""
-        order = await drive_async(self._verbs.order_of(settlement), self.link)
-        try:
-            settled = await drive_async(self._verbs.carry_out(order, now), self.link)
-        except (InvalidSetting, StoreUnavailable):
-            await asyncio.to_thread(self._courier.keep_settle, order)
-            settled = Settled(event_id=settlement.hold.event_id, billable=True, late=False, pending=True)
+        """See `AdmissionStore.settle`."""
+        settled = await drive_async(self._verbs.settle(settlement, now), self.link)
         if not settled.repeated:
             hold = settlement.hold
-            self._courier.keep_log(
+            self._later.keep_log(
                 hold.account,
                 hold.key_id,
                 settlement.call,
@@ -93,7 +79,7 @@ class AsyncRedisStore:
         """See `AdmissionStore.release`."""
         was = await drive_async(self._verbs.release(hold, now), self.link)
         if was not in ("settled", "released"):
-            self._courier.keep_log(hold.account, hold.key_id, call, bodies, event_id=None, hold_id=hold.hold_id)
+            self._later.keep_log(hold.account, hold.key_id, call, bodies, event_id=None, hold_id=hold.hold_id)
         return was == "given_back"
 
     async def renew(self, hold: HoldTicket, ttl_s: float, now: datetime | None = None) -> bool:
@@ -118,12 +104,6 @@ class AsyncRedisStore:
         """Tell Redis what has changed in the ledger. Raises `StoreUnavailable`."""
         await drive_async(self._verbs.announce(), self.link)
 
-    async def flush(self) -> Shipped:
-        """Carry what waits in the spool. Raises `StoreUnavailable` where the ledger is away."""
-        return await asyncio.to_thread(self._courier.ship)
-
     async def aclose(self) -> None:
-        """Ship what waits, as far as it can be, and close every connection."""
-        await asyncio.to_thread(self._courier.close)
-        self._thread_link.close()
+        """Close every connection."""
         await self.link.aclose()

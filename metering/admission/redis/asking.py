@@ -12,6 +12,7 @@ import msgspec
 
 from metering.admission.counters import units_of
 from metering.admission.decide import asked_of, missing_name, refusing, weigh
+from metering.admission.last_known import KnownTerms
 from metering.admission.protocol import Decision, HoldTicket, Standing
 from metering.admission.redis.copies import from_us, rate_increment, scaled, unscaled
 from metering.admission.redis.stream import StreamedEvent, encode
@@ -54,6 +55,11 @@ class Terms:
     """The event and the reply."""
     refusal: InvalidEvent | None = None
     """Why it cannot be asked, unless it is a replay."""
+
+    def known(self) -> KnownTerms:
+        """What is worth remembering of it."""
+        copy, frame = self.copy, self.frame
+        return KnownTerms(copy.account, self.key_id, copy.plan, copy.plan_version, frame.period, frame.period_label)
 
     def said(self) -> list[Any]:
         """What the script is told, in the order of `admit.lua`."""

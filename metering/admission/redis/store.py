@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from metering.admission.protocol import Settled
-from metering.admission.redis.courier import Courier
 from metering.admission.redis.drive import drive
+from metering.admission.redis.later import Later
 from metering.admission.redis.link import Link
 from metering.admission.redis.shards import check_counters
-from metering.admission.redis.verbs import Undecided, Verbs
+from metering.admission.redis.verbs import Verbs
 from metering.admission.sql import SqlStore
-from metering.errors import InvalidSetting, StoreUnavailable
+from metering.clock import utc_now
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from datetime import datetime
-    from pathlib import Path
 
+    from metering.admission.last_known import LastKnown
     from metering.admission.protocol import (
         Admission,
         Appended,
@@ -25,12 +24,13 @@ if TYPE_CHECKING:
         Decision,
         HoldTicket,
         LimitStatus,
+        Settled,
         Settlement,
     )
     from metering.admission.verify import CounterCheck
+    from metering.courier import Courier
     from metering.events import Call, UsageEvent
     from metering.ledger import Ledger
-    from metering.spool import Shipped
 
 __all__ = ["RedisStore"]
 
@@ -38,7 +38,7 @@ __all__ = ["RedisStore"]
 class RedisStore:
     """Decides on Redis and keeps `AdmissionStore`'s promises; what it admitted reaches the ledger by the drain.
 
-    `url` is `redis://`, `rediss://` or `redis+cluster://`; `spool` the folder for what Redis could not be told.
+    `url` is `redis://`, `rediss://` or `redis+cluster://`. What does not go through Redis goes by the `courier`.
     `clock` is for tests: without one the servers' clocks decide.
     """
 
@@ -47,40 +47,32 @@ class RedisStore:
         ledger: Ledger,
         url: str,
         *,
-        spool: Path,
+        courier: Courier,
+        last_known: LastKnown,
         timeout_s: float = 0.25,
         clock: Callable[[], datetime] | None = None,
         allow_eviction: bool = False,
     ) -> None:
         self.link = Link(url, timeout_s=timeout_s, allow_eviction=allow_eviction)
-        self._verbs = Verbs(ledger, self.link, timeout_s=timeout_s, clock=clock)
-        self._courier = Courier(ledger, self.link, spool, timeout_s=timeout_s, clock=clock)
+        self._verbs = Verbs(ledger, self.link, last_known, timeout_s=timeout_s, clock=clock)
+        self.later = Later(ledger, self.link, self._verbs, courier, clock or utc_now)
         self._in_ledger = SqlStore(ledger) if clock is None else SqlStore(ledger, clock=clock)
 
     def admit(self, admission: Admission, now: datetime | None = None) -> Decision:
-        """See `AdmissionStore.admit`."""
-        try:
-            decision = drive(self._verbs.admit(admission, now), self.link)
-        except Undecided as exc:
-            self._courier.keep_cancel(exc.undo)
-            raise
+        """See `AdmissionStore.admit`. Raises `Undecided` where no answer came."""
+        decision = drive(self._verbs.admit(admission, now), self.link)
         if decision.allowed and not decision.replayed and decision.hold is None:
-            self._courier.keep_log(
+            self.later.keep_log(
                 decision.account, decision.key_id, admission.call, admission.bodies, event_id=decision.event_id
             )
         return decision
 
     def settle(self, settlement: Settlement, now: datetime | None = None) -> Settled:
-        """See `AdmissionStore.settle`. What Redis cannot be told now it is told later: `Settled.pending`."""
-        order = drive(self._verbs.order_of(settlement), self.link)
-        try:
-            settled = drive(self._verbs.carry_out(order, now), self.link)
-        except (InvalidSetting, StoreUnavailable):
-            self._courier.keep_settle(order)
-            settled = Settled(event_id=settlement.hold.event_id, billable=True, late=False, pending=True)
+        """See `AdmissionStore.settle`."""
+        settled = drive(self._verbs.settle(settlement, now), self.link)
         if not settled.repeated:
             hold = settlement.hold
-            self._courier.keep_log(
+            self.later.keep_log(
                 hold.account,
                 hold.key_id,
                 settlement.call,
@@ -94,7 +86,7 @@ class RedisStore:
         """See `AdmissionStore.release`."""
         was = drive(self._verbs.release(hold, now), self.link)
         if was not in ("settled", "released"):
-            self._courier.keep_log(hold.account, hold.key_id, call, bodies, event_id=None, hold_id=hold.hold_id)
+            self.later.keep_log(hold.account, hold.key_id, call, bodies, event_id=None, hold_id=hold.hold_id)
         return was == "given_back"
 
     def renew(self, hold: HoldTicket, ttl_s: float, now: datetime | None = None) -> bool:
@@ -121,11 +113,10 @@ class RedisStore:
         """Every current counter beside a recount. Calls that are made meanwhile may show as differences."""
         return check_counters(self.link, self._verbs)
 
-    def flush(self) -> Shipped:
-        """Carry what waits in the spool. Raises `StoreUnavailable` where the ledger is away."""
-        return self._courier.ship()
+    def cancel(self, undo: Mapping[str, Any]) -> None:
+        """Undo a call, as `Undecided.undo` says it. Raises `StoreUnavailable`."""
+        self.later.cancel(undo)
 
     def close(self) -> None:
-        """Ship what waits, as far as it can be, and close every connection."""
-        self._courier.close()
+        """Close every connection."""
         self.link.close()

@@ -10,7 +10,7 @@ from uuid import UUID
 from metering.admission.counters import NOTHING, units_of
 from metering.admission.directory import Directory
 from metering.admission.holding import settlement_digest
-from metering.admission.protocol import Decision, HoldTicket, Settled
+from metering.admission.protocol import Decision, HoldTicket, Settled, Undecided
 from metering.admission.redis import epochs
 from metering.admission.redis.asking import Asker, Terms, reply_body, require_names, streamed
 from metering.admission.redis.copies import (
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from metering.admission.decide import Counter
+    from metering.admission.last_known import LastKnown
     from metering.admission.protocol import Admission, LimitStatus, Settlement
     from metering.admission.redis.copies import AccountCopy, KnownKey
     from metering.admission.redis.recount import Count
@@ -60,21 +61,20 @@ PAGE = 1_000
 EXPIRED_PER_SWEEP = 1_000
 
 
-class Undecided(StoreUnavailable):
-    """The call was sent, and no answer came within the timeout. `undo` is what `Verbs.cancel` is to be told."""
-
-    def __init__(self, message: str, undo: dict[str, Any]) -> None:
-        super().__init__(message)
-        self.undo = undo
-
-
 class Verbs(Inquirer):
     """One process's side of the verbs. `clock` is for tests; without one the servers' own clocks decide."""
 
     def __init__(
-        self, ledger: Ledger, wire: Wire, *, timeout_s: float, clock: Callable[[], datetime] | None = None
+        self,
+        ledger: Ledger,
+        wire: Wire,
+        last_known: LastKnown | None = None,
+        *,
+        timeout_s: float,
+        clock: Callable[[], datetime] | None = None,
     ) -> None:
         super().__init__(ledger, wire, timeout_s=timeout_s, clock=clock)
+        self._last_known = last_known
         self._directory = Directory()
         self._keys: dict[str, KnownKey] = {}
         self._copies: dict[str, AccountCopy] = {}
@@ -88,13 +88,16 @@ class Verbs(Inquirer):
         asker, doubt = Asker(admission, known), Doubt()
         try:
             terms, reply = yield from self._agreed(known.account, asker.question, now or self._told_now(), doubt)
-            return asker.decision(terms, reply)
+            decision = asker.decision(terms, reply)
         except (InvalidSetting, OutcomeUnknown, StoreUnavailable) as exc:
             if not doubt.unanswered:
                 raise
             raise Undecided(
                 f"no answer within {self._timeout_s:g} s, so the call is undone: {exc}", asker.undo()
             ) from exc
+        if terms.copy.plan.fail == "open" and self._last_known is not None:
+            self._last_known.note(admission.key_digest, terms.known())
+        return decision
 
     def quota(
         self, account: str, key_id: str | None = None, now: datetime | None = None
@@ -114,8 +117,8 @@ class Verbs(Inquirer):
             raise StoreUnavailable(str(exc)) from exc
         return tuple(terms.verdict(reply).statuses)
 
-    def order_of(self, settlement: Settlement) -> Steps[dict[str, Any]]:
-        """All that a settle says, so that it can be said by anyone and at any time. Raises `InvalidEvent`."""
+    def settle(self, settlement: Settlement, now: datetime | None = None) -> Steps[Settled]:
+        """See `AdmissionStore.settle`."""
         hold, call = settlement.hold, settlement.call
         given = units_of(settlement.usage, settlement.quantity)
         plan = yield from self._plan(hold.plan_version)
@@ -132,42 +135,32 @@ class Verbs(Inquirer):
             fingerprint=hold.fingerprint,
             estimated=settlement.estimated,
         )
-        return {
-            "account": hold.account,
-            "said": {
-                "hold": hold.hold_id.hex,
-                "event_id": hold.event_id.hex,
-                "attempt_id": derive_event_id("attempt", hold.hold_id.hex).hex,
-                "digest": settlement_digest(settlement),
-                "keyed": call.idempotency_key is not None,
-                "fingerprint": hold.fingerprint or "",
-                "admitted": to_us(hold.admitted_at),
-                "given": {metric: scaled(metric, amount) for metric, amount in given.items()},
-                "rates": {
-                    key: rate_increment(rate, given[rate.metric])
-                    for rate, key in rate_keys(hold.account, plan, call.line, hold.key_id).items()
-                },
+        said = {
+            "hold": hold.hold_id.hex,
+            "event_id": hold.event_id.hex,
+            "attempt_id": derive_event_id("attempt", hold.hold_id.hex).hex,
+            "digest": settlement_digest(settlement),
+            "keyed": call.idempotency_key is not None,
+            "fingerprint": hold.fingerprint or "",
+            "admitted": to_us(hold.admitted_at),
+            "given": {metric: scaled(metric, amount) for metric, amount in given.items()},
+            "rates": {
+                key: rate_increment(rate, given[rate.metric])
+                for rate, key in rate_keys(hold.account, plan, call.line, hold.key_id).items()
             },
-            "event": encode(event),
-            "reply": reply_body(settlement.bodies.replay),
         }
-
-    def carry_out(self, order: Mapping[str, Any], now: datetime | None = None) -> Steps[Settled]:
-        """Settle as `order_of` says. Raises `SettleConflict`, `StoreUnavailable`."""
-        account, said = order["account"], order["said"]
-        shard = shard_of(account)
+        shard = shard_of(hold.account)
         keys = (
-            *account_keys(shard, account, "shard", "events"),
-            shard_key(shard, f"id:{said['event_id']}"),
-            shard_key(shard, f"reply:{said['event_id']}"),
+            *account_keys(shard, hold.account, "shard", "events"),
+            shard_key(shard, f"id:{hold.event_id.hex}"),
+            shard_key(shard, f"reply:{hold.event_id.hex}"),
         )
+        reply_text = reply_body(settlement.bodies.replay)
         status, _, _, _, *rest = yield from self._ask_twice_over(
-            shard, "settle", keys, order["said"], order["event"], order["reply"], now=now
+            shard, "settle", keys, said, encode(event), reply_text, now=now
         )
         if status == b"conflict":
-            raise SettleConflict(
-                f"hold {UUID(said['hold'])} was settled before with other usage; the first settle stands"
-            )
+            raise SettleConflict(f"hold {hold.hold_id} was settled before with other usage; the first settle stands")
         settled_as, billable, late, repeated = rest
         return Settled(
             event_id=UUID(settled_as.decode()), billable=bool(billable), late=bool(late), repeated=bool(repeated)
