@@ -191,7 +191,7 @@ class AsyncMeter(_InThreads[Meter]):
         await self.aclose()
 
     def __repr__(self) -> str:
-        return f"<AsyncMeter on {self.ledger.path}>"
+        return f"<AsyncMeter on {self.ledger.where}>"
 
     async def _reserve(self, api_key: str, said: dict[str, Any]) -> AsyncHold:
         admission = await self._asked(self._blocking._calls.reserve, api_key, said)
@@ -264,7 +264,10 @@ class AsyncHold(HeldCall):
 
     @_same_words(Hold.settle)
     async def settle(self, *args: Any, **said: Any) -> Settled:
-        settlement = self._real_cost(*args, **said)
+        return await self.book(self.real_cost(*args, **said))
+
+    async def book(self, settlement: Settlement) -> Settled:
+        """Settle as `real_cost` or `presumed_cost` said. Raises what `settle` does."""
         with self._remembering(settlement):
             return await self._settle(settlement)
 
@@ -284,9 +287,9 @@ class AsyncHold(HeldCall):
         if ending is not None:
             with self._telling(ending, error):
                 if isinstance(ending, Release):
-                    await _to_the_end(self._release, ending)
+                    await to_the_end(self._release, ending)
                 else:
-                    await _to_the_end(self._settle, ending)
+                    await to_the_end(self._settle, ending)
 
     async def _settle(self, settlement: Settlement) -> Settled:
         self.settled = await self._store.settle(settlement)
@@ -335,7 +338,7 @@ class _AsyncKeeper:
                 logger.warning("hold %s could not be renewed", ticket.hold_id, exc_info=True)
 
 
-async def _to_the_end(ask: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
+async def to_the_end(ask: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
     """What `ask(...)` returns, awaited to its end even where this task is cancelled, which is raised afterwards.
 
     `asyncio.run` cancels every task of a loop that ends, once, and so also the one that asks: it is asked again.

@@ -51,11 +51,12 @@ class HeldCall:
         self.decision = decision
         self.settled: Settled | None = None
         """How it was settled; None so far."""
+        self.cost_is_known = False
+        """Whether a settle was tried: the work was done, even where what it said was refused."""
         self._ticket: HoldTicket = decision.hold
         self._call = admission.call
         self._request = admission.bodies.request
         self._secret = secret
-        self._cost_is_known = False
         self._released = False
         self._unanswered: Settlement | None = None
         """What the store was told, without an answer."""
@@ -64,7 +65,12 @@ class HeldCall:
         ticket = self._ticket
         return f"<{type(self).__name__} {ticket.hold_id} of account {ticket.account!r}, line {self._call.line!r}>"
 
-    def _real_cost(
+    @property
+    def estimate(self) -> TokenUsage | None:
+        """The tokens that were reserved; None where none were asked for."""
+        return self._ticket.usage
+
+    def real_cost(
         self,
         usage: TokenUsage | None = None,
         *,
@@ -75,8 +81,8 @@ class HeldCall:
         response: Any = None,
         latency_ms: int | None = None,
     ) -> Settlement:
-        """What `settle` with these arguments books. Raises `InvalidEvent`."""
-        self._cost_is_known = True
+        """What `settle` with these arguments books, told to nobody yet. Raises `InvalidEvent`."""
+        self.cost_is_known = True
         with hidden(self._secret):
             call = replace(
                 self._call,
@@ -97,6 +103,17 @@ class HeldCall:
             call, usage, self._ticket.quantity if used is None else used, response=response, estimated=False
         )
 
+    def presumed_cost(self, usage: TokenUsage | None, *, estimated: bool) -> Settlement:
+        """What is booked where the app has not said what the call cost: `usage`, and the quantity that was reserved."""
+        return self._settlement(self._call, usage, self._ticket.quantity, response=None, estimated=estimated)
+
+    def keeping(self, settlement: Settlement, *, response: Any, reply: Any) -> Settlement:
+        """The settlement, with `response` for the request log and `reply` for replays. None keeps nothing."""
+        logged = bodies_of(self._secret, None, response, replayable=False)
+        replayable = settlement.call.idempotency_key is not None
+        replay = bodies_of(self._secret, None, reply, replayable=replayable).replay
+        return replace(settlement, bodies=replace(settlement.bodies, response=logged.response, replay=replay))
+
     def _release_of(self, error: object) -> Release:
         """What `release(error)` tells the store."""
         return Release(
@@ -109,12 +126,10 @@ class HeldCall:
         """What is still to be told at the end of the block; None where all is said."""
         if self.settled is not None or self._released:
             return None
-        if error is not None and not self._cost_is_known:
+        if error is not None and not self.cost_is_known:
             return self._release_of(error)
         # A settle that was refused says that the work was done: the estimate is billed rather than nothing.
-        return self._unanswered or self._settlement(
-            self._call, self._ticket.usage, self._ticket.quantity, response=None, estimated=True
-        )
+        return self._unanswered or self.presumed_cost(self._ticket.usage, estimated=True)
 
     @contextmanager
     def _remembering(self, settlement: Settlement) -> Iterator[None]:
@@ -192,7 +207,7 @@ class Hold(HeldCall):
         left out, and for a provider or model left out that a rate of the plan needs. While Redis is away it is
         not lost: it waits in the spool (`Settled.pending`), and is told once Redis is back.
         """
-        settlement = self._real_cost(
+        settlement = self.real_cost(
             usage,
             quantity=quantity,
             provider=provider,

@@ -1,0 +1,1 @@
+"""Seams into the frameworks apps are made with. Each is imported by name, and only with its framework installed."""
