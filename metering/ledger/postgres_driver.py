@@ -121,7 +121,7 @@ class PostgresDriver:
         try:
             transaction.execute("COMMIT")
         except psycopg.OperationalError as exc:
-            if not transaction.connection.broken:
+            if not transaction.connection.closed:
                 raise
             self._require_committed(transaction.xid, time.monotonic() + timeout_s, exc)
         if transaction.statusmessage == "ROLLBACK":
