@@ -25,9 +25,10 @@ PAUSE_S = 0.02
 _LOCK = """
 SELECT pg_current_xact_id()::text, (
     SELECT count(*) FROM (
-        SELECT account FROM accounts
-        WHERE account = ANY(%(accounts)s) OR account IN (SELECT account FROM api_keys WHERE digest = ANY(%(digests)s))
-        ORDER BY account FOR NO KEY UPDATE
+        SELECT account FROM accounts WHERE account IN (
+            SELECT unnest(%(accounts)s::text[]) UNION SELECT account FROM api_keys WHERE digest = ANY(%(digests)s)
+        )
+        ORDER BY account FOR NO KEY UPDATE OF accounts
     ) AS locked
 )
 """
