@@ -61,7 +61,7 @@ class Courier:
         self._rouse()
 
     def ship(self) -> Shipped:
-        """Carry what waits, also of processes that are gone. Raises `StoreUnavailable` where the ledger is away."""
+        """Carry what waits, also of processes that are gone. Raises `StoreUnavailable` for an unreadable spool."""
         return self._spool.ship(self._deliver)
 
     def close(self) -> None:

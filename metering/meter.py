@@ -353,8 +353,13 @@ class Meter:
         return written
 
     def flush(self) -> None:
-        """Carry what waits in the spool, of this process and of those that are gone. Raises `StoreUnavailable`."""
-        self._courier.ship()
+        """Carry what waits in the spool, of this process and of those that are gone.
+
+        Raises `StoreUnavailable` where some of it has to go on waiting.
+        """
+        kept = self._courier.ship().kept
+        if kept:
+            raise StoreUnavailable(f"{kept} lines go on waiting in the spool: their store is away")
 
     def close(self) -> None:
         """Close every connection, after a last attempt to carry what waits in the spool."""

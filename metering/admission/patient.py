@@ -7,11 +7,11 @@ import logging
 from dataclasses import dataclass
 from datetime import timedelta
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from metering.admission.protocol import Decision, HoldTicket, Settled, Settlement, Undecided
+from metering.admission.protocol import AdmissionStore, Decision, HoldTicket, Settled, Settlement, Undecided
 from metering.errors import InvalidSetting, MeteringError, SettleConflict, StoreUnavailable
 from metering.events import TokenUsage, UsageEvent, derive_event_id, new_event_id
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from metering.admission.last_known import LastKnown
     from metering.admission.protocol import (
         Admission,
-        AdmissionStore,
         Appended,
         AsyncAdmissionStore,
         Bodies,
@@ -49,10 +48,20 @@ _settles = msgspec.msgpack.Decoder(_KeptSettle)
 _signals = msgspec.msgpack.Decoder(UsageEvent)
 
 
+class _PatientlyTold(AdmissionStore, Protocol):
+    """What is asked of a store besides."""
+
+    def place_of(self, account: str) -> object:
+        """Where an account is decided: what is away is away for all of one place."""
+
+    def cancel(self, undo: dict[str, Any]) -> None:
+        """Undo a call, as `Undecided.undo` says it. Raises `StoreUnavailable`."""
+
+
 class PatientStore:
     """Another store, and a courier for what that cannot be told while it is away."""
 
-    def __init__(self, store: AdmissionStore, courier: Courier, last_known: LastKnown) -> None:
+    def __init__(self, store: _PatientlyTold, courier: Courier, last_known: LastKnown) -> None:
         self._store = store
         self._courier = courier
         self._last_known = last_known
@@ -154,14 +163,20 @@ class PatientStore:
         )
 
     def _deliver_settles(self, lines: list[Line]) -> list[Line]:
-        left = []
+        left: list[Line] = []
+        away: set[object] = set()
         for line in lines:
             kept = _settles.decode(line.payload)
+            place = self._store.place_of(kept.settlement.hold.account)
+            if place in away:
+                left.append(line)
+                continue
             try:
                 if kept.undo is not None:
-                    self._store.cancel(kept.undo)  # type: ignore[attr-defined]  # of the store that was undecided
+                    self._store.cancel(kept.undo)
                 self._store.settle(kept.settlement)
             except (InvalidSetting, StoreUnavailable):
+                away.add(place)
                 left.append(line)
             except SettleConflict:
                 logger.exception("a settle of hold %s came too late", line.event_id)

@@ -86,6 +86,12 @@ class SqlStore:
                 total += expired
         return total
 
+    def place_of(self, account: str) -> None:
+        """All accounts are in one place."""
+
+    def cancel(self, undo: dict[str, Any]) -> None:
+        """Nothing is ever in doubt here: a commit whose answer is lost is asked after."""
+
     def accounts_to_sweep(self, now: datetime | None = None) -> list[str]:
         """Whose holds are past their time."""
         with self._ledger.read() as connection:

@@ -240,3 +240,13 @@ def test_a_plan_fails_open_while_postgres_is_gone(tmp_path: Path) -> None:
         assert billed(meter) == (3, 6)
         assert [status.used for status in meter.quota("acme")] == [2, 6]
         assert all(check.agrees for check in check_counters(meter.ledger))
+
+
+def test_flush_says_what_goes_on_waiting(meter: Meter, secret: str) -> None:
+    hold = meter.reserve(secret, line="a", estimate=USAGE)
+    with locked(meter.ledger.path):
+        assert hold.settle(USAGE).pending
+        with pytest.raises(StoreUnavailable, match="1 lines go on waiting in the spool"):
+            meter.flush()
+    meter.flush()
+    assert billed(meter) == (1, 3)

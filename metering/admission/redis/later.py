@@ -79,7 +79,10 @@ class Later:
 
     def _deliver_logs(self, lines: list[Line]) -> list[Line]:
         rows = [msgspec.msgpack.decode(line.payload) for line in lines]
-        self._ledger.writer.run(lambda cursor: _log(cursor, rows))
+        try:
+            self._ledger.writer.run(lambda cursor: _log(cursor, rows))
+        except StoreUnavailable:
+            return lines
         return []
 
     def _deliver_cancels(self, lines: list[Line]) -> list[Line]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from metering.admission.redis.drive import drive
+from metering.admission.redis.keys import shard_of
 from metering.admission.redis.later import Later
 from metering.admission.redis.link import Link
 from metering.admission.redis.shards import check_counters
@@ -112,6 +113,10 @@ class RedisStore:
     def check_counters(self) -> list[CounterCheck]:
         """Every current counter beside a recount. Calls that are made meanwhile may show as differences."""
         return check_counters(self.link, self._verbs)
+
+    def place_of(self, account: str) -> int:
+        """The shard of an account: what is away is away for all of one."""
+        return shard_of(account)
 
     def cancel(self, undo: Mapping[str, Any]) -> None:
         """Undo a call, as `Undecided.undo` says it. Raises `StoreUnavailable`."""
