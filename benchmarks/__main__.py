@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from benchmarks.peer import PACKAGES, make_environment
 from benchmarks.redis_store import async_table, threads_table
 from benchmarks.sql_store import sql_table
+from benchmarks.tokens import token_tables
 from tests.servers import RedisServer, flavours
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def _tables(folder: Path, given: Namespace, peer: Path | None, say: Callable[[st
             yield table(place, server, peer, keyed=given.keyed, rounds=given.rounds, turn_s=given.turn)
     _let_the_hour_pass(say)
     yield sql_table(folder, rounds=given.rounds, turn_s=given.turn)
+    yield from token_tables(rounds=given.rounds, turn_s=given.turn)
 
 
 def _let_the_hour_pass(say: Callable[[str], None]) -> None:

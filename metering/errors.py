@@ -12,7 +12,8 @@ MeteringError
 │   ├── UnknownAccount
 │   ├── UnknownPlan
 │   ├── UnknownKey
-│   └── UnknownEvent
+│   ├── UnknownEvent
+│   └── UnknownEncoding     no tokenizer for a model, or no table of it on this machine
 ├── Conflict
 │   ├── AccountConflict     the account exists and differs from what was asked
 │   ├── IdempotencyConflict the key was used with another request
@@ -56,6 +57,7 @@ __all__ = [
     "SettleConflict",
     "StoreUnavailable",
     "UnknownAccount",
+    "UnknownEncoding",
     "UnknownEvent",
     "UnknownKey",
     "UnknownPlan",
@@ -156,6 +158,15 @@ class UnknownEvent(NotFound):
     def __init__(self, event_id: object) -> None:
         super().__init__(f"event {event_id} is not in the ledger")
         self.event_id = event_id
+
+
+class UnknownEncoding(NotFound):
+    """No tokenizer for a model, or no table of an encoding on this machine. `asked` is which, `problem` what to do."""
+
+    def __init__(self, asked: str, problem: str) -> None:
+        super().__init__(f"{asked}: {problem}")
+        self.asked = asked
+        self.problem = problem
 
 
 class Conflict(MeteringError):

@@ -19,6 +19,7 @@ WITHOUT_NAMES = {
     "metering.billing",
     "metering.billing.tables",
     "metering.checks",
+    "metering.integrations",
     "metering.toml_lines",
 }
 """Nothing but a folder, or helpers of this package that no user is told of."""
