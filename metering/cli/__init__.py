@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from metering.cli import accounts, importing, plans, quotas
+from metering.cli import accounts, importing, plans, quotas, tracing
 from metering.cli.shared import GROUP, Account, AsJson, End, Start, instant, open_meter
 from metering.console import fields_of, show
 from metering.errors import InvalidSetting, MeteringError
@@ -115,6 +115,7 @@ app.command("import")(importing.import_files)
 app.command()(usage)
 app.command()(quotas.drain)
 app.command()(log)
+app.command()(tracing.trace)
 app.command()(quotas.verify)
 app.command()(doctor)
 app.add_typer(plans.plans, name="plans")

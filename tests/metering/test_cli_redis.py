@@ -52,8 +52,9 @@ def client(server: RedisServer) -> Iterator[redis.Redis]:
 def on_redis(
     client: redis.Redis, server: RedisServer, tallystick: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Any]:
-    """Runs `tallystick ARGUMENTS` with quotas on an empty Redis."""
+    """Runs `tallystick ARGUMENTS` with quotas on an empty Redis, and time enough for a busy machine."""
     monkeypatch.setenv("METERING_QUOTA_URL", server.url)
+    monkeypatch.setenv("METERING_TIMEOUT_MS", "1000")
     return tallystick
 
 
