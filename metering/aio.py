@@ -14,6 +14,7 @@ from metering.calls import SecretGiven
 from metering.errors import StoreUnavailable
 from metering.holds import HeldCall, Hold, Release
 from metering.meter import Meter, settings_from_env
+from metering.traces.keeping import kept_span
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator
@@ -127,7 +128,7 @@ class AsyncMeter(_InThreads[Meter]):
 
     @property
     def dropped(self) -> int:
-        """Signals that `record` could not keep since this meter was made."""
+        """Signals that `record`, and spans that `record_span`, could not keep since this meter was made."""
         return self._blocking.dropped
 
     authenticate = _in_thread(Meter.authenticate)
@@ -160,6 +161,20 @@ class AsyncMeter(_InThreads[Meter]):
                 await self._store.append_later(event)
         except Exception:  # noqa: BLE001  whatever it is, it is logged
             self._blocking._note_drop(account, line)
+            return False
+        return True
+
+    @_same_words(Meter.record_span)
+    async def record_span(self, span: Any, **said: Any) -> bool:
+        traces = self._blocking._traces
+        try:
+            spans = [kept_span(span, **said)]
+            try:
+                await self.ledger.writer.run_async(traces.work(spans))
+            except StoreUnavailable:
+                await asyncio.to_thread(traces.keep_later, spans)
+        except Exception:  # noqa: BLE001  whatever it is, it is logged
+            self._blocking._note_dropped_span()
             return False
         return True
 

@@ -25,6 +25,7 @@ from metering.ledger.outbox import no_one, tell
 from metering.ledger.queries import LogEntry, UsageBy, UsageTotal, request_log_of, usage_of
 from metering.plans import parse_plans
 from metering.settings import Settings
+from metering.traces.keeping import TraceStore, kept_span
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -136,9 +137,10 @@ class Meter:
             self.ledger, self.accounts, clock=clock, actor=actor, pepper=key_pepper, announce=self._announce
         )
         self.dropped = 0
-        """Signals that `record` could not keep since this meter was made."""
+        """Signals that `record`, and spans that `record_span`, could not keep since this meter was made."""
         self._clock = clock
         self._actor = actor
+        self._traces = TraceStore(self.ledger, self._courier, clock=clock)
         self._store = PatientStore(
             self._redis or SqlStore(self.ledger, self._last_known, clock=clock), self._courier, self._last_known
         )
@@ -263,6 +265,20 @@ class Meter:
                 self._store.append_later(event)
         except Exception:  # noqa: BLE001  whatever it is, it is logged
             self._note_drop(account, line)
+            return False
+        return True
+
+    def record_span(self, span: Any, *, account: str | None = None, run_id: str | None = None) -> bool:
+        """Record what was traced of a call. True if the ledger has it, or will: it may wait in the spool.
+
+        `span` is anything that `traces.read_span` takes, and must have a trace and a span id; the same span again is
+        none. `account` and `run_id` stand above what it says itself. Its tokens, model, times and place in its trace
+        are kept, its texts are not. Never raises into the app: what cannot be kept is logged and counted in `dropped`.
+        """
+        try:
+            self._traces.keep([kept_span(span, account=account, run_id=run_id)])
+        except Exception:  # noqa: BLE001  whatever it is, it is logged
+            self._note_dropped_span()
             return False
         return True
 
@@ -395,6 +411,13 @@ class Meter:
             raise  # noqa: PLE0704
         self.dropped += 1
         logger.exception("a signal of account %r on line %r was dropped", account, line)
+
+    def _note_dropped_span(self) -> None:
+        """Within `except`: as `_note_drop`, for a span."""
+        if self._strict_signals:
+            raise  # noqa: PLE0704
+        self.dropped += 1
+        logger.exception("a span was dropped")
 
     def _new_keeper(self) -> Keeper:
         ttl_s = self._hold_ttl_s

@@ -32,9 +32,9 @@ class Statement(str):
 
 
 @cache
-def statements() -> dict[str, Statement]:
-    """The statements of `sqlite.sql` by name. Those that Postgres spells in another way are in `postgres.sql`, too."""
-    on_sqlite, on_postgres = (_sections(f"{dialect}.sql") for dialect in ("sqlite", "postgres"))
+def statements(package: str = "metering.admission") -> dict[str, Statement]:
+    """The statements of a package's `sqlite.sql` by name. What Postgres spells otherwise is in `postgres.sql`, too."""
+    on_sqlite, on_postgres = (_sections(package, f"{dialect}.sql") for dialect in ("sqlite", "postgres"))
     assert on_postgres.keys() <= on_sqlite.keys()
     return {
         name: Statement(sql, _NAMED.sub(r"%(\1)s", on_postgres.get(name, sql).replace("%", "%%")))
@@ -53,6 +53,6 @@ def by_position(statement: Statement) -> tuple[Statement, Callable[[Mapping[str,
     return Statement(_NAMED.sub("?", statement), on_postgres), itemgetter(*names)
 
 
-def _sections(file: str) -> dict[str, str]:
-    text = files(__package__).joinpath(file).read_text(encoding="utf-8")
+def _sections(package: str, file: str) -> dict[str, str]:
+    text = files(package).joinpath(file).read_text(encoding="utf-8")
     return {name: sql.strip() for name, sql in _SECTION.findall(text)}

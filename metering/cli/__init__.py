@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from metering.cli import accounts, importing, plans, quotas, tracing
+from metering.cli import accounts, importing, plans, quotas, spans, tracing
 from metering.cli.shared import GROUP, Account, AsJson, End, Start, instant, open_meter
 from metering.console import fields_of, show
 from metering.errors import InvalidSetting, MeteringError
@@ -112,6 +112,7 @@ def doctor(as_json: AsJson = False) -> None:
 app.command()(init)
 app.command()(migrate)
 app.command("import")(importing.import_files)
+app.command("import-spans")(spans.import_spans)
 app.command()(usage)
 app.command()(quotas.drain)
 app.command()(log)

@@ -17,7 +17,7 @@ from metering.errors import InvalidSetting
 if TYPE_CHECKING:
     from metering.importing import ImportReport
 
-__all__ = ["import_files"]
+__all__ = ["import_files", "rejects_name"]
 
 REJECTED = 3
 """Exit status of an import that kept the good rows and refused others."""
@@ -63,7 +63,7 @@ def import_files(
             for path in files:
                 with progress_bar(path.name) as progress:
                     reports.append(
-                        importer.run(path, source=source, rejects=folder / _rejects_name(path), progress=progress)
+                        importer.run(path, source=source, rejects=folder / rejects_name(path), progress=progress)
                     )
         finally:
             if reports or as_json:
@@ -74,7 +74,7 @@ def import_files(
         sys.exit(REJECTED)
 
 
-def _rejects_name(path: Path) -> str:
+def rejects_name(path: Path) -> str:
     """Never the file's own name, and another one for its namesake in another folder."""
     return f"{path.stem}-{crc32(bytes(path.resolve())):08x}.rejects.csv"
 

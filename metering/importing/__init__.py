@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from metering.importing.readers import RawRow, Reader
     from metering.ledger import Ledger
 
-__all__ = ["ImportReport", "Importer"]
+__all__ = ["ImportReport", "Importer", "Rejects"]
 
 ROWS_PER_COMMIT = 5_000
 assert ROWS_PER_COMMIT <= MAX_BATCH
@@ -107,7 +107,7 @@ class Importer:
         report = ImportReport(source=_checked_name("--source", source or path.stem, MAX_NAME))
         if rejects.resolve() == path.resolve():
             raise InvalidSetting("--rejects", str(rejects), "another file than the one to import")
-        with open_rows(path) as reader, _Rejects(rejects) as rejected, _Occurrences() as occurrences:
+        with open_rows(path) as reader, Rejects(rejects) as rejected, _Occurrences() as occurrences:
             columns = self._columns(reader)
             batch: list[_Parsed] = []
             try:
@@ -185,7 +185,7 @@ class Importer:
         )
         return _Parsed(row.number, raw, event, plan, zoneless)
 
-    def _commit(self, parsed: list[_Parsed], report: ImportReport, rejected: _Rejects) -> None:
+    def _commit(self, parsed: list[_Parsed], report: ImportReport, rejected: Rejects) -> None:
         refused = self._ensure_accounts(parsed, report)
         accepted = []
         for item in parsed:
@@ -256,7 +256,7 @@ class _Occurrences:
         return int(row[0])
 
 
-class _Rejects:
+class Rejects:
     """Rows that were refused, as a CSV file that appears, or goes, only when the import ends."""
 
     def __init__(self, path: Path) -> None:
@@ -265,7 +265,7 @@ class _Rejects:
         self._file: io.TextIOWrapper | None = None
         self.count = 0
 
-    def __enter__(self) -> _Rejects:
+    def __enter__(self) -> Rejects:
         return self
 
     def add(self, number: int, values: dict[str, Any], reason: str) -> None:

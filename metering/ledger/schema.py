@@ -43,6 +43,7 @@ __all__ = [
     "replays",
     "request_log",
     "shards",
+    "spans",
 ]
 
 metadata = MetaData(
@@ -355,9 +356,36 @@ key_reuses = Table(
 `billed_as` is NULL; for another one it is billed as a fact of its own.
 """
 
+spans = Table(
+    "spans",
+    metadata,
+    Column("seq", _SERIAL, primary_key=True),
+    Column("trace_id", NAME, nullable=False),
+    Column("span_id", NAME, nullable=False),
+    Column("parent_span_id", NAME),
+    Column("run_id", NAME, nullable=False),
+    Column("account", NAME),
+    Column("name", NAME, nullable=False),
+    Column("convention", String(16)),
+    *(Column(name, BigInteger, nullable=False) for name in TOKEN_FIELDS),
+    Column("provider", NAME),
+    Column("model", NAME),
+    Column("started_at", UtcDateTime),
+    Column("ended_at", UtcDateTime),
+    Column("recorded_at", UtcDateTime, nullable=False),
+    Column("flags", Text),
+    UniqueConstraint("trace_id", "span_id"),
+    # Loaded by a watermark, as events are.
+    sqlite_autoincrement=True,
+)
+"""What was traced: each span that says what it used, and the spans above it. Append only; no text of any call.
+
+`convention` is NULL where a span says nothing of tokens; `flags` is what is odd about what it says, with commas.
+"""
+
 
 def metadata_on_postgres() -> MetaData:
-    """The tables as they lie on Postgres, where an event also says which transaction wrote it.
+    """The tables as they lie on Postgres, where events and spans also say which transaction wrote them.
 
     There a `seq` is handed out before its transaction commits, so a load that remembers the highest it has seen skips
     whatever commits later with a lower one. `commit_xid` below `pg_snapshot_xmin` is in every later snapshot.
@@ -366,7 +394,8 @@ def metadata_on_postgres() -> MetaData:
     for table in metadata.sorted_tables:
         table.to_metadata(on_postgres)
     current_xid = text("(pg_current_xact_id()::text)::bigint")
-    on_postgres.tables["events"].append_column(
-        Column("commit_xid", BigInteger, nullable=False, index=True, server_default=current_xid)
-    )
+    for name in ("events", "spans"):
+        on_postgres.tables[name].append_column(
+            Column("commit_xid", BigInteger, nullable=False, index=True, server_default=current_xid)
+        )
     return on_postgres

@@ -96,7 +96,7 @@ def test_only_so_much_is_remembered(meter: Meter, monkeypatch: pytest.MonkeyPatc
     secrets = [meter.keys.create(f"account-{number}", plan="pro").secret for number in range(9)]
     for _ in range(2):
         assert all(meter.consume(secret, line="a").allowed for secret in secrets)
-    known = meter._store._works._current  # type: ignore[attr-defined]
+    known = meter._store._store._works._current  # type: ignore[attr-defined]
     assert len(known._keys) + len(known._places) <= 8
 
 
