@@ -19,8 +19,10 @@ __all__ = ["Cursor", "Driver", "Locked", "SqliteDriver", "Transaction", "cursor_
 
 T = TypeVar("T")
 
-_DRIVERS = ("sqlite3", "psycopg")
-_OF_A_VALUE = ("DataError", "IntegrityError", "InterfaceError", "ProgrammingError")
+_OF_A_VALUE = {
+    "sqlite3": {("sqlite3", name) for name in ("DataError", "IntegrityError", "InterfaceError", "ProgrammingError")},
+    "psycopg": {("psycopg", name) for name in ("DataError", "IntegrityError", "ProgrammingError")},
+}
 
 
 class Cursor(Protocol):
@@ -147,8 +149,8 @@ def cursor_of(connection: sa.Connection) -> Cursor:
 
 def doubts_the_transaction(error: Exception) -> bool:
     """Whether it was raised by a driver, and of more than a value: names are those of PEP 249."""
-    names = {kind.__name__ for kind in type(error).__mro__ if kind.__module__.partition(".")[0] in _DRIVERS}
-    return "Error" in names and names.isdisjoint(_OF_A_VALUE)
+    names = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(error).__mro__}
+    return any((driver, "Error") in names and not names & of_a_value for driver, of_a_value in _OF_A_VALUE.items())
 
 
 class _SqliteTransaction(Transaction, sqlite3.Cursor):
