@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from typing import TYPE_CHECKING, Any
+from uuid import UUID, uuid4
 
 import psycopg
 from psycopg.pq import TransactionStatus
@@ -13,7 +14,7 @@ from metering.ledger.postgres import SERIAL, connect, described, translated
 from metering.ledger.transactions import Locked, Transaction
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from typing import Self
 
     from metering.errors import LedgerError
@@ -23,15 +24,20 @@ __all__ = ["PostgresCursor", "PostgresDriver"]
 PAUSE_S = 0.02
 
 _LOCK = """
-SELECT pg_current_xact_id()::text, (
-    SELECT count(*) FROM (
-        SELECT account FROM accounts WHERE account IN (
-            SELECT unnest(%(accounts)s::text[]) UNION SELECT account FROM api_keys WHERE digest = ANY(%(digests)s)
-        )
-        ORDER BY account FOR NO KEY UPDATE OF accounts
-    ) AS locked
-)
+SELECT count(*) FROM (
+    SELECT account FROM accounts WHERE account IN (
+        SELECT unnest(%(accounts)s::text[]) UNION SELECT account FROM api_keys WHERE digest = ANY(%(digests)s)
+    )
+    ORDER BY account FOR NO KEY UPDATE OF accounts
+) AS locked
 """
+_BEGIN_MARKS = """
+INSERT INTO writer_commits (writer, mark, marked_at) VALUES (%(writer)s, %(writer)s, now()) ON CONFLICT DO NOTHING
+"""
+_FORGET_MARKS = "DELETE FROM writer_commits WHERE marked_at < now() - interval '30 days'"
+_MARK = "UPDATE writer_commits SET mark = %s, marked_at = now() WHERE writer = %s"
+# Waits for the end of the transaction whose answer was lost, if that is still under way: it has the row.
+_LAST_MARK = "SELECT mark FROM writer_commits WHERE writer = %s FOR UPDATE"
 
 
 class PostgresCursor(psycopg.Cursor[Any]):
@@ -47,9 +53,8 @@ class PostgresCursor(psycopg.Cursor[Any]):
 
 
 class _PostgresTransaction(Transaction, PostgresCursor):
-    """`xid` is its number on the server; `writes` counts statements that wrote."""
+    """`writes` counts statements that wrote."""
 
-    xid = ""
     writes = 0
 
     def execute(self, query: Any, params: Any = None, **options: Any) -> Self:
@@ -72,10 +77,18 @@ class PostgresDriver:
     def __init__(self, url: str) -> None:
         self.where = described(url)
         self._url = url
+        self._writer = uuid4()
 
     def connect(self, timeout_s: float) -> psycopg.Connection[Any]:
         """See `Driver`."""
-        return connect(self._url, timeout_s=timeout_s)
+        connection = connect(self._url, timeout_s=timeout_s)
+        try:
+            connection.execute(_FORGET_MARKS)
+            connection.execute(_BEGIN_MARKS, {"writer": self._writer})
+        except psycopg.Error as exc:
+            connection.close()
+            raise self.told(exc) from exc
+        return connection
 
     def set_timeout(self, connection: psycopg.Connection[Any], timeout_s: float) -> None:
         """See `Driver`."""
@@ -101,17 +114,14 @@ class PostgresDriver:
         if len(locked) < len(works):
             # Those that do not say what they write about take turns, with each other and with cold writes.
             transaction.execute("SELECT pg_advisory_xact_lock(%s)", (SERIAL,))
-        values: Mapping[str, list[str]] = {
-            "accounts": [account for work in locked for account in work.accounts],
-            "digests": [work.key_digest for work in locked if work.key_digest is not None],
-        }
-        transaction.xid = transaction.execute(_LOCK, values).fetchone()[0]  # type: ignore[index]
+        accounts = [account for work in locked for account in work.accounts]
+        digests = [work.key_digest for work in locked if work.key_digest is not None]
+        if accounts or digests:
+            transaction.execute(_LOCK, {"accounts": accounts, "digests": digests})
 
     def again(self, transaction: _PostgresTransaction) -> _PostgresTransaction:
         """See `Driver`."""
-        another = _PostgresTransaction(transaction.connection)
-        another.xid = transaction.xid
-        return another
+        return _PostgresTransaction(transaction.connection)
 
     def changes(self, transaction: _PostgresTransaction) -> int:
         """See `Driver`."""
@@ -119,12 +129,14 @@ class PostgresDriver:
 
     def commit(self, transaction: _PostgresTransaction, timeout_s: float) -> None:
         """See `Driver`. Where the server went away in the middle it is asked afterwards what became of it."""
+        mark = uuid4()
+        transaction.execute(_MARK, (mark, self._writer))
         try:
             transaction.execute("COMMIT")
         except psycopg.OperationalError as exc:
             if not transaction.connection.closed:
                 raise
-            self._require_committed(transaction.xid, time.monotonic() + timeout_s, exc)
+            self._require_committed(mark, time.monotonic() + timeout_s, exc)
         if transaction.statusmessage == "ROLLBACK":
             raise StoreUnavailable(f"ledger {self.where}: the transaction was rolled back")
 
@@ -138,19 +150,19 @@ class PostgresDriver:
         assert isinstance(error, psycopg.Error)
         return translated(error, self.where)
 
-    def _require_committed(self, xid: str, deadline: float, lost: psycopg.Error) -> None:
+    def _require_committed(self, mark: UUID, deadline: float, lost: psycopg.Error) -> None:
         while (left_s := deadline - time.monotonic()) > 0:
             try:
                 with connect(self._url, timeout_s=left_s) as connection:
-                    (status,) = connection.execute("SELECT pg_xact_status(%s::xid8)", (xid,)).fetchone() or (None,)
+                    found = connection.execute(_LAST_MARK, (self._writer,)).fetchone()
             except (psycopg.Error, StoreUnavailable):
                 time.sleep(min(PAUSE_S, left_s))  # nothing tells when a server is back
                 continue
-            if status == "committed":
+            if found is None:
+                break
+            if UUID(found[0]) == mark:
                 return
-            if status == "aborted":
-                raise lost
-            time.sleep(min(PAUSE_S, left_s))  # the old server process has not noticed yet
+            raise lost
         raise StoreUnavailable(
             f"ledger {self.where}: the connection was lost in the middle of a commit, so it is not known whether this "
             "call is in the ledger; with an idempotency key it can be sent again"

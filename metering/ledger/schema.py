@@ -398,4 +398,13 @@ def metadata_on_postgres() -> MetaData:
         on_postgres.tables[name].append_column(
             Column("commit_xid", BigInteger, nullable=False, index=True, server_default=current_xid)
         )
+    # What each writer has committed last: where the answer to a commit is lost it is read there. The number of a
+    # transaction does not tell, because a server that crashed may give it to another one.
+    Table(
+        "writer_commits",
+        on_postgres,
+        Column("writer", Uuid, primary_key=True),
+        Column("mark", Uuid, nullable=False),
+        Column("marked_at", UtcDateTime, nullable=False),
+    )
     return on_postgres

@@ -16,7 +16,7 @@ import pytest
 from metering.admission.verify import check_counters
 from metering.errors import StoreUnavailable
 from metering.events import TokenUsage
-from metering.ledger.postgres_driver import PostgresDriver
+from metering.ledger.postgres_driver import PostgresDriver, _PostgresTransaction
 from metering.meter import Meter
 from metering.plans import Limit, Plan
 from tests.proxy import Proxy
@@ -112,17 +112,18 @@ def test_a_commit_whose_answer_is_lost_is_asked_after(
     proxied: tuple[Proxy, str], postgres_url: str, monkeypatch: pytest.MonkeyPatch, silent: float
 ) -> None:
     proxy, url = proxied
-    commit = PostgresDriver.commit
+    execute = _PostgresTransaction.execute
 
-    def losing(self: PostgresDriver, transaction: Any, timeout_s: float) -> None:
-        proxy.silent, proxy.drop_next = silent, 1
-        commit(self, transaction, timeout_s)
+    def losing(self: _PostgresTransaction, query: Any, *more: Any, **options: Any) -> Any:
+        if query == "COMMIT":
+            proxy.silent, proxy.drop_next = silent, 1
+        return execute(self, query, *more, **options)
 
     with opened(url, timeout_s=2) as meter, opened(postgres_url) as looking:
         secret = prepared(meter)[0]
         assert meter.consume(secret, line="a", usage=USAGE).allowed
         with monkeypatch.context() as patch:
-            patch.setattr(PostgresDriver, "commit", losing)
+            patch.setattr(_PostgresTransaction, "execute", losing)
             assert meter.consume(secret, line="a", usage=USAGE).allowed
         assert meter.consume(secret, line="a", usage=USAGE).allowed
         assert events(looking) == {ACCOUNTS[0]: 3}
