@@ -18,7 +18,7 @@ def aggregate_usage() -> dict[str, int]:
     """Bring the warehouse up to the ledger. Returns how many events were `costed` and `loaded`, and the `watermark`."""
     places = Places.from_env()
     costed = cost_events(places.ledger_url, utc_now())
-    return {"costed": costed, **load_ledger(places.ledger, places.warehouse)}
+    return {"costed": costed, **load_ledger(places.ledger_url, places.warehouse)}
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ class Places:
     """The settings a flow needs, checked: the ledger is there, and of this schema."""
 
     ledger_url: str
-    ledger: Path
     warehouse: Path
     out: Path
 
@@ -30,9 +29,8 @@ class Places:
     def from_env(cls) -> Places:
         """Read METERING_* settings. Raises what opening the ledger raises."""
         settings = Settings.from_env()
-        ledger = Ledger(settings.ledger_url, timeout_s=settings.timeout_s)
-        ledger.close()
-        return cls(ledger_url=settings.ledger_url, ledger=ledger.path, warehouse=settings.warehouse, out=settings.out)
+        Ledger(settings.ledger_url, timeout_s=settings.timeout_s).close()
+        return cls(ledger_url=settings.ledger_url, warehouse=settings.warehouse, out=settings.out)
 
 
 def billed_month(period: str | None, now: datetime) -> str:

@@ -18,7 +18,7 @@ def rebuild() -> dict[str, int]:
     """Replace the warehouse by a new one, loaded from the first event on."""
     places = Places.from_env()
     costed = cost_events(places.ledger_url, utc_now())
-    return {"costed": costed, **rebuild_warehouse(places.ledger, places.warehouse)}
+    return {"costed": costed, **rebuild_warehouse(places.ledger_url, places.warehouse)}
 
 
 if __name__ == "__main__":

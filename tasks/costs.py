@@ -15,7 +15,7 @@ from metering.ledger import Ledger
 from metering.ledger.schema import event_costs, events
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from datetime import datetime
     from uuid import UUID
 
@@ -80,44 +80,63 @@ def price_version() -> str:
 
 def _next_costs(ledger: Ledger) -> dict[int, Decimal | None]:
     """Seq -> cost of the next events without one."""
+    order = _commit_order(ledger)
     with ledger.read() as connection:
-        newest = connection.execute(sa.select(sa.func.max(event_costs.c.seq))).scalar() or 0
-        rows = connection.execute(
-            sa.select(events).where(events.c.seq > newest).order_by(events.c.seq).limit(EVENTS_PER_COMMIT)
-        )
+        newest = connection.execute(
+            sa.select(*order)
+            .join_from(events, event_costs, event_costs.c.seq == events.c.seq)
+            .order_by(*(column.desc() for column in order))
+            .limit(1)
+        ).one_or_none()
+        rows = sa.select(events).order_by(*order).limit(EVENTS_PER_COMMIT)
+        if newest is not None:
+            rows = rows.where(sa.tuple_(*order) > sa.tuple_(*newest))
+        if ledger.dialect == "postgresql":
+            rows = rows.where(_COMMIT_XID < _XMIN)
         costs: dict[int, Decimal | None] = {}
-        for row in rows:
+        for row in connection.execute(rows):
             event = row._asdict()
-            costs[row.seq] = _reversed_cost(connection, event, costs) if row.requests < 0 else provider_cost(event)
+            costs[row.seq] = _reversed_cost(connection, event) if row.requests < 0 else provider_cost(event)
         return costs
+
+
+_COMMIT_XID: sa.ColumnClause[int] = sa.literal_column("events.commit_xid", sa.BigInteger)
+_XMIN: sa.ColumnClause[int] = sa.literal_column("pg_snapshot_xmin(pg_current_snapshot())::text::bigint", sa.BigInteger)
+"""Below it no event is committed any more, and every one is in this snapshot and in any later one."""
+
+
+def _commit_order(ledger: Ledger) -> Sequence[sa.ColumnElement[int]]:
+    """What events are costed in the order of, so that the newest one with a cost tells where to go on.
+
+    On Postgres an event may be committed after another one with a higher `seq`.
+    """
+    return (_COMMIT_XID, events.c.seq) if ledger.dialect == "postgresql" else (events.c.seq,)
 
 
 def _book(ledger: Ledger, costs: Mapping[int, Decimal | None], costed_at: datetime) -> int:
     """Write costs, but for events that another run has costed meanwhile; how many were written."""
     with ledger.write() as connection:
-        newest = connection.execute(sa.select(sa.func.max(event_costs.c.seq))).scalar() or 0
+        booked = set(connection.execute(sa.select(event_costs.c.seq).where(event_costs.c.seq.in_(costs))).scalars())
         rows = [
             {"seq": seq, "cost": cost, "price_version": price_version(), "costed_at": costed_at}
             for seq, cost in costs.items()
-            if seq > newest
+            if seq not in booked
         ]
         if rows:
             connection.execute(event_costs.insert(), rows)
         return len(rows)
 
 
-def _reversed_cost(
-    connection: sa.Connection, reversal: Mapping[str, Any], costs: Mapping[int, Decimal | None]
-) -> Decimal | None:
-    """Exactly the cost that was booked for what is taken back, whatever prices are now. `costs` are not booked yet."""
+def _reversed_cost(connection: sa.Connection, reversal: Mapping[str, Any]) -> Decimal | None:
+    """Exactly the cost that was booked for what is taken back, whatever prices are now, or that is about to be."""
     original: UUID = reversal["corrects"]
     candidates = (
-        sa.select(events.c.seq, events.c.event_id, event_costs.c.cost)
+        sa.select(events, event_costs.c.seq.label("booked"), event_costs.c.cost)
         .outerjoin(event_costs, event_costs.c.seq == events.c.seq)
         .where(sa.or_(events.c.event_id == original, events.c.corrects == original), events.c.requests > 0)
     )
-    for seq, event_id, booked in connection.execute(candidates):
-        if derive_event_id("reversal", event_id.hex) == reversal["event_id"]:
-            cost: Decimal | None = costs.get(seq, booked)
+    for row in connection.execute(candidates):
+        if derive_event_id("reversal", row.event_id.hex) == reversal["event_id"]:
+            cost = provider_cost(row._asdict()) if row.booked is None else row.cost
             return None if cost is None else -cost
     return None

@@ -1,45 +1,41 @@
--- New ledger rows: seq above `above`, and not above `up_to`. sqlite_query runs inside SQLite, on the primary keys, so
--- the time it takes follows the batch and not the history; it hands everything over as text.
-INSERT INTO warehouse.usage_events
+-- Costed events above one number and not above another; in the order of the columns of usage_events. The ledger's own
+-- database runs it.
 SELECT
-    e.seq::BIGINT,
-    e.event_id::UUID,
+    e.seq,
+    e.event_id,
     e.kind,
-    e.corrects::UUID,
+    e.corrects,
     e.account,
     e.key_id,
-    e.plan_version::INTEGER,
+    e.plan_version,
     e.line,
     e.operation,
     e.caller_type,
-    e.occurred_at::TIMESTAMPTZ,
-    e.recorded_at::TIMESTAMPTZ,
+    e.occurred_at,
+    e.recorded_at,
     e.period,
-    e.requests::INTEGER,
-    e.input_tokens::BIGINT,
-    e.cache_read_tokens::BIGINT,
-    e.cache_write_tokens::BIGINT,
-    e.cache_write_1h_tokens::BIGINT,
-    e.input_audio_tokens::BIGINT,
-    e.output_tokens::BIGINT,
-    e.reasoning_tokens::BIGINT,
-    e.output_audio_tokens::BIGINT,
-    e.quantity::DECIMAL(38, 12),
+    e.requests,
+    e.input_tokens,
+    e.cache_read_tokens,
+    e.cache_write_tokens,
+    e.cache_write_1h_tokens,
+    e.input_audio_tokens,
+    e.output_tokens,
+    e.reasoning_tokens,
+    e.output_audio_tokens,
+    e.quantity,
     e.provider,
     e.model,
     e.service_tier,
     e.run_id,
     e.request_id,
-    e.platform_paid::BOOLEAN,
-    e.billable::BOOLEAN,
-    e.estimated::BOOLEAN,
-    e.late::BOOLEAN,
+    e.platform_paid,
+    e.billable,
+    e.estimated,
+    e.late,
     e.idempotency_key,
     e.source,
-    e.cost::DECIMAL(38, 12)
-FROM sqlite_query(
-    'ledger',
-    'SELECT e.*, c.cost FROM events AS e JOIN event_costs AS c ON c.seq = e.seq
-    WHERE e.seq > ? AND e.seq <= ? ORDER BY e.seq',
-    params = row(getvariable('above'), getvariable('up_to'))
-) AS e;
+    c.cost
+FROM events AS e JOIN event_costs AS c ON c.seq = e.seq
+WHERE e.{marked} > {above} AND e.{marked} <= {up_to}
+ORDER BY e.seq

@@ -1,18 +1,23 @@
-"""Copies new ledger rows into the warehouse: `python -m tasks.load_worker LEDGER WAREHOUSE`, a process of its own.
+"""Copies new ledger rows into the warehouse: `python -m tasks.load_worker WAREHOUSE`, a process of its own.
 
-DuckDB's scanner carries its own copy of SQLite, and two copies in one process drop each other's POSIX locks on the
+DuckDB's sqlite_scanner carries its own SQLite, and two copies in one process drop each other's POSIX locks on the
 ledger (sqlite.org/howtocorrupt.html, 2.2.1). So this interpreter opens the ledger through DuckDB and in no other way,
-and nothing else in the project attaches a ledger. Prints one line of JSON. `tasks.load` starts it, under the lease.
+and nothing else in the project attaches a ledger. Postgres knows no such trap, but one way to load is enough.
+
+`tasks.load` starts it, under the lease. Its standard input says where the ledger is, as JSON: `type` (sqlite or
+postgres), `at` (a file, or libpq's keywords and values) and `password`, if there is one. Prints one line of JSON.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import duckdb
 
@@ -20,52 +25,74 @@ from tasks.errors import WarehouseError
 from tasks.warehouse import open_for_writing, quoted, sql
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Mapping
+
+    Ask = Callable[..., list[tuple[Any, ...]]]
 
 EVENTS_PER_TRANSACTION = 100_000
 """Keeps a load of any length at about 300 MB."""
 
+MARKED = {"sqlite": "seq", "postgres": "commit_xid"}
+"""The column of `events` that the watermark is on: nothing is committed any more at or below the end of a load."""
+
+_RENUMBER = "UPDATE events SET commit_xid = CASE WHEN seq IN (SELECT seq FROM event_costs) THEN 1 ELSE 2 END"
+
 
 @contextmanager
-def _attached_ledger(connection: duckdb.DuckDBPyConnection, ledger: Path) -> Iterator[None]:
-    package = importlib.util.find_spec("duckdb_extension_sqlite_scanner")
+def _attached_ledger(connection: duckdb.DuckDBPyConnection, ledger: Mapping[str, str]) -> Iterator[Ask]:
+    """What runs a query inside the ledger's own database, on its indexes: the time it takes follows the answer."""
+    kind = ledger["type"]
+    package = importlib.util.find_spec(f"duckdb_extension_{kind}_scanner")
     assert package is not None
     assert package.submodule_search_locations
-    extension = next(Path(package.submodule_search_locations[0]).rglob("sqlite_scanner.duckdb_extension"))
+    extension = next(Path(package.submodule_search_locations[0]).rglob(f"{kind}_scanner.duckdb_extension"))
     connection.execute(f"LOAD {quoted(extension)}")
-    connection.execute(f"ATTACH {quoted(ledger)} AS ledger (TYPE sqlite, READ_ONLY)")
+    if "password" in ledger:
+        os.environ["PGPASSWORD"] = ledger["password"]  # what is attached shows in DuckDB's messages
+    connection.execute(f"ATTACH {quoted(ledger['at'])} AS ledger (TYPE {kind}, READ_ONLY)")
+
+    def ask(query: str, into: str = "", **values: int | str) -> list[tuple[Any, ...]]:
+        inner = query.format(marked=MARKED[kind], **values).strip()
+        try:
+            return connection.execute(f"{into} FROM {kind}_query('ledger', {quoted(inner)})").fetchall()
+        except duckdb.Error as exc:
+            reason = str(exc).replace(inner, "...").partition("\nLINE ")[0].strip()
+            raise WarehouseError(f"the ledger cannot be read: {reason}") from exc
+
     try:
-        yield
+        yield ask
     finally:
         connection.execute("DETACH ledger")
 
 
-def load(ledger: Path, warehouse: Path) -> dict[str, int]:
+def load(ledger: Mapping[str, str], warehouse: Path) -> dict[str, int]:
     """Add every costed event that is not in the warehouse yet, and its sums; each batch in one transaction."""
     loaded = 0
-    with open_for_writing(warehouse) as connection, _attached_ledger(connection, ledger):
-        watermark = _watermark(connection)
-        newest = int(_value(connection, "FROM sqlite_query('ledger', 'SELECT coalesce(max(seq), 0) FROM event_costs')"))
-        _check_history(connection, watermark, newest)
-        while watermark < newest:
-            up_to = min(watermark + EVENTS_PER_TRANSACTION, newest)
-            _set(connection, "above", watermark)
-            _set(connection, "up_to", up_to)
+    with open_for_writing(warehouse) as connection, _attached_ledger(connection, ledger) as ask:
+        watermark = _watermark(connection, ask)
+        # Read before the rows are: what has not ended by now may still write below what has.
+        end, is_ahead = map(int, ask(sql(f"load_end_{ledger['type']}"), watermark=watermark)[0])
+        _check_history(connection, ask, watermark, end, is_ahead=bool(is_ahead))
+        while (up_to := _end_of_batch(ask, watermark, end)) is not None:
+            connection.execute("CREATE OR REPLACE TEMP TABLE batch AS FROM usage_events LIMIT 0")
+            ((count,),) = ask(sql("load_events"), "INSERT INTO batch", above=watermark, up_to=up_to)
             connection.execute("BEGIN")
-            loaded += _value(connection, sql("load_events"))
+            connection.execute("INSERT INTO usage_events FROM batch")
             connection.execute(sql("rollup"))
-            connection.execute("UPDATE load_watermark SET seq = getvariable('up_to')")
+            connection.execute(f"UPDATE load_watermark SET seq = {up_to}")  # noqa: S608  a number
             connection.execute("COMMIT")
+            loaded += count
             watermark = up_to
     return {"loaded": loaded, "watermark": watermark}
 
 
-def _watermark(connection: duckdb.DuckDBPyConnection) -> int:
+def _watermark(connection: duckdb.DuckDBPyConnection, ask: Ask) -> int:
     """The newest event in the warehouse, which belongs to one ledger and no other."""
-    ledger_id = _value(connection, "SELECT ledger_id FROM ledger.ledger_info")
+    ((found,),) = ask("SELECT ledger_id FROM ledger_info")
+    ledger_id = _uuid(found).hex
     row = connection.execute("SELECT ledger_id, seq FROM load_watermark").fetchone()
     if row is None:
-        connection.execute("INSERT INTO load_watermark SELECT ledger_id, 0 FROM ledger.ledger_info")
+        connection.execute(f"INSERT INTO load_watermark VALUES ('{ledger_id}', 0)")  # noqa: S608  hex digits
         return 0
     if row[0] != ledger_id:
         raise WarehouseError(
@@ -75,41 +102,57 @@ def _watermark(connection: duckdb.DuckDBPyConnection) -> int:
     return int(row[1])
 
 
-def _check_history(connection: duckdb.DuckDBPyConnection, watermark: int, newest: int) -> None:
+def _check_history(
+    connection: duckdb.DuckDBPyConnection, ask: Ask, watermark: int, end: int, *, is_ahead: bool
+) -> None:
     """What was loaded last must still be what the ledger has: one restored from a backup may have grown again since."""
-    if newest < watermark:
+    if is_ahead:
         raise WarehouseError(
-            f"the ledger ends at event {newest}, but the warehouse has {watermark}: the ledger went backwards. "
+            "the ledger has events of transactions that its server has yet to begin: it was restored from a dump of "
+            f"another server. Say there `{_RENUMBER}`, then run `python -m flows rebuild`"
+        )
+    if end < watermark:
+        raise WarehouseError(
+            f"the ledger ends at {end}, but the warehouse has {watermark}: the ledger went backwards. "
             "Restore the ledger, or run `python -m flows rebuild`"
         )
-    _set(connection, "last", watermark)
-    loaded = connection.execute("SELECT event_id FROM usage_events WHERE seq = getvariable('last')").fetchone()
-    recorded = connection.execute(
-        "SELECT event_id::UUID "
-        "FROM sqlite_query('ledger', 'SELECT event_id FROM events WHERE seq = ?', params = row(getvariable('last')))"
+    last = connection.execute(
+        "SELECT seq, event_id FROM usage_events WHERE seq = (SELECT max(seq) FROM usage_events)"
     ).fetchone()
-    if loaded and recorded and loaded != recorded:
+    if last is None:
+        return
+    seq, loaded = last
+    ((is_known,),) = ask("SELECT count(*) FROM event_ids WHERE event_id = '{event_id}'", event_id=loaded.hex)
+    recorded = [_uuid(event_id) for (event_id,) in ask("SELECT event_id FROM events WHERE seq = {seq}", seq=seq)]
+    # An event may have gone to the archive since, but never its id.
+    if not int(is_known) or recorded not in ([], [loaded]):
         raise WarehouseError(
-            f"event {watermark} is {recorded[0]} in the ledger, but {loaded[0]} in the warehouse: the ledger went "
-            "backwards and on from there. Restore the ledger, or run `python -m flows rebuild`"
+            f"event {seq} of the warehouse is {loaded}, but the ledger has {recorded[0] if recorded else 'none such'}: "
+            "the ledger went backwards and on from there. Restore the ledger, or run `python -m flows rebuild`"
         )
 
 
-def _set(connection: duckdb.DuckDBPyConnection, variable: str, seq: int) -> None:
-    # Not a query's parameter: for that DuckDB imports pandas, a third of a second.
-    connection.execute(f"SET VARIABLE {variable} = {seq}::BIGINT")
+def _end_of_batch(ask: Ask, watermark: int, end: int) -> int | None:
+    """Where the next batch ends: with the last event of a transaction, so what has one number is in one batch."""
+    ((up_to,),) = ask(
+        "SELECT max({marked}) FROM (SELECT {marked} FROM events WHERE {marked} > {watermark} AND {marked} <= {end} "
+        "ORDER BY {marked} LIMIT {limit}) AS batch",
+        watermark=watermark,
+        end=end,
+        limit=EVENTS_PER_TRANSACTION,
+    )
+    return None if up_to is None else int(up_to)
 
 
-def _value(connection: duckdb.DuckDBPyConnection, query: str) -> Any:
-    """The one value a query answers."""
-    return connection.execute(query).fetchall()[0][0]
+def _uuid(found: str | UUID) -> UUID:
+    return found if isinstance(found, UUID) else UUID(found)
 
 
 def main(arguments: list[str]) -> int:
     """Load, and say what was done, or what was wrong, as one line of JSON."""
-    ledger, warehouse = map(Path, arguments)
+    (warehouse,) = arguments
     try:
-        print(json.dumps(load(ledger, warehouse)))
+        print(json.dumps(load(json.load(sys.stdin), Path(warehouse))))
     except (WarehouseError, duckdb.Error) as exc:
         print(json.dumps({"error": str(exc)}))
         return 1

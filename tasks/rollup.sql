@@ -23,6 +23,5 @@ SELECT
     sum(quantity),
     coalesce(sum(cost), 0),
     coalesce(sum(requests) FILTER (WHERE cost IS NULL), 0)
-FROM warehouse.usage_events
-WHERE seq > getvariable('above') AND seq <= getvariable('up_to')
+FROM batch
 GROUP BY ALL;

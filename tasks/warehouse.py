@@ -25,9 +25,9 @@ def sql(name: str) -> str:
     return files("tasks").joinpath(f"{name}.sql").read_text(encoding="utf-8")
 
 
-def quoted(path: Path) -> str:
-    """A path as an SQL string."""
-    return "'" + str(path).replace("'", "''") + "'"
+def quoted(value: Path | str) -> str:
+    """A path or a text as an SQL string."""
+    return "'" + str(value).replace("'", "''") + "'"
 
 
 @contextmanager

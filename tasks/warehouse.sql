@@ -1,6 +1,7 @@
 -- The warehouse: derived from the ledger, so it can be dropped and rebuilt. Kept to what DuckLake has too: no keys, no
 -- unique constraints, no sequences. Exactly-once comes from the watermark, moved in the transaction that adds the rows.
 
+-- seq: of the newest event loaded; on Postgres, where these do not come in the order of commits, its commit_xid.
 CREATE TABLE IF NOT EXISTS load_watermark (
     ledger_id VARCHAR NOT NULL,
     seq BIGINT NOT NULL

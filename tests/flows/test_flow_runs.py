@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from prefect.client.orchestration import get_client
+from prefect.settings import get_current_settings
 
+from flows.aggregate_usage import aggregate_usage
 from flows.bill_period import bill_period
 from flows.billing_cycle import billing_cycle
 from flows.command import call
 from flows.rebuild import rebuild
+from metering.ledger import Ledger
+from tests.servers import PostgresServer
 from tests.tasks.place import PERIOD, Place, event
 
 pytestmark = pytest.mark.usefixtures("_engine")
@@ -34,6 +39,38 @@ def test_a_cycle_and_a_rebuild(place: Place, capsys: pytest.CaptureFixture[str])
     assert json.loads(capsys.readouterr().out) == {"costed": 0, "loaded": 2, "watermark": 2}
     place.bill()
     assert place.files() == files
+
+
+def test_a_cycle_on_postgres_tells_prefect_no_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with PostgresServer(fsync=False, password="tell/no@one") as server:
+        url = server.database()
+        Ledger(url, create=True).close()
+        place = Place.at(tmp_path / "home", url)
+        monkeypatch.setenv("METERING_HOME", str(place.home))
+        monkeypatch.setenv("METERING_LEDGER_URL", url)
+        place.account("acme")
+        place.add(event())
+        assert call(billing_cycle, period=PERIOD) == 0
+        assert place.invoices().keys() == {"acme"}
+        watermark = place.newest()
+        assert call(rebuild) == 0
+        assert json.dumps({"costed": 0, "loaded": 1, "watermark": watermark}) in capfd.readouterr().out
+        place.tamper("UPDATE load_watermark SET ledger_id = 'another'")
+        assert call(aggregate_usage) == 1
+    assert call(rebuild) == 1
+    said = "".join(capfd.readouterr())
+    assert "the warehouse was loaded from ledger another" in said
+    assert "Connection refused" in said
+    connection_url = get_current_settings().server.database.connection_url
+    assert connection_url is not None
+    kept = Path(connection_url.get_secret_value().partition(":///")[2])
+    told = [path.read_bytes() for path in kept.parent.glob(f"{kept.name}*")]
+    assert any(b"load_ledger" in data for data in told)
+    for secret in ("tell/no@one", "tell%2Fno"):
+        assert secret not in said
+        assert not [data for data in told if secret.encode() in data]
 
 
 def test_a_period_that_is_no_month_fails_before_anything_is_done(

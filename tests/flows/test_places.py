@@ -32,7 +32,7 @@ def test_a_period_that_is_no_month_is_refused(period: str) -> None:
 
 
 def test_a_ledger_that_cannot_be_used_is_said(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Places.from_env().ledger == place.ledger
+    assert Places.from_env().ledger_url == place.ledger_url
     place.ledger.unlink()
     with pytest.raises(StoreUnavailable, match="tallystick init"):
         Places.from_env()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,9 +13,6 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def place(tmp_path: Path, empty_ledger: Path) -> Place:
-    """A home with a new ledger in it."""
-    home = tmp_path / "home"
-    home.mkdir()
-    shutil.copy(empty_ledger, home / "ledger.db")
-    return Place(home)
+def place(tmp_path: Path, ledger_url: str) -> Place:
+    """A home with a new ledger, in it or on Postgres."""
+    return Place.at(tmp_path / "home", ledger_url)

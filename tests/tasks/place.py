@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -39,7 +40,18 @@ class Place:
     """Where one test's files are."""
 
     home: Path
+    url: str | None = None
+    """Of the ledger; None: `ledger.db` in `home`."""
     clock: Any = field(default=lambda: NOVEMBER)
+
+    @classmethod
+    def at(cls, home: Path, ledger_url: str) -> Place:
+        """A new home, into which a ledger that is a file is moved."""
+        home.mkdir()
+        if not ledger_url.startswith("sqlite:///"):
+            return cls(home, ledger_url)
+        shutil.move(ledger_url.removeprefix("sqlite:///"), home / "ledger.db")
+        return cls(home)
 
     @property
     def ledger(self) -> Path:
@@ -47,7 +59,11 @@ class Place:
 
     @property
     def ledger_url(self) -> str:
-        return f"sqlite:///{self.ledger}"
+        return self.url or f"sqlite:///{self.ledger}"
+
+    @property
+    def is_on_postgres(self) -> bool:
+        return self.url is not None
 
     @property
     def warehouse(self) -> Path:
@@ -71,16 +87,24 @@ class Place:
             plan_versions.apply(connection, parse_plans(text).values(), now=NOVEMBER, actor="test")
         ledger.close()
 
-    def add(self, *events: UsageEvent) -> None:
+    def add(self, *events: UsageEvent, at_once: int | None = None) -> None:
+        """Record events, so many in a transaction."""
         ledger = Ledger(self.ledger_url)
-        SqlStore(ledger, clock=self.clock).append(events)
+        store, step = SqlStore(ledger, clock=self.clock), at_once or max(1, len(events))
+        for first in range(0, len(events), step):
+            store.append(events[first : first + step])
         ledger.close()
 
     def cost(self) -> int:
         return cost_events.fn(self.ledger_url, COSTED_AT)
 
     def load(self) -> dict[str, int]:
-        return load_ledger.fn(self.ledger, self.warehouse)
+        return load_ledger.fn(self.ledger_url, self.warehouse)
+
+    def newest(self) -> int:
+        """Where the watermark is once everything is loaded."""
+        (found,) = self.ledger_rows(f"SELECT max({'commit_xid' if self.is_on_postgres else 'seq'}) FROM events")
+        return int(found[0])
 
     def aggregate(self) -> dict[str, int]:
         self.cost()
@@ -159,4 +183,4 @@ def month_of_usage(place: Place, *, events: int, accounts: int = 6) -> None:
                 platform_paid=number % 11 != 0,
             )
         )
-    place.add(*made)
+    place.add(*made, at_once=10)

@@ -7,6 +7,7 @@ import signal
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING
+from uuid import UUID
 
 import pytest
 
@@ -14,10 +15,12 @@ from metering.events import TokenUsage
 from metering.windows import period_of_month
 from tasks.bills import file_stem
 from tasks.errors import ReportError, WarehouseError
-from tests.tasks.place import PERIOD, Place, event
+from tasks.verify import invoice_differences, rollup_differences
+from tests.tasks.place import PERIOD, Place, event, month_of_usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 AZURE = """
 [plans.azure]
@@ -56,6 +59,25 @@ def test_the_worked_example(place: Place) -> None:
     index = (place.out / PERIOD / "index.html").read_text()
     assert "47.61" in index
     assert "96.79" in index
+
+
+def test_the_same_usage_comes_to_the_same_bytes_on_either_ledger(
+    tmp_path: Path, sqlite_url: str, postgres_url: str
+) -> None:
+    places = [Place.at(tmp_path / "one", sqlite_url), Place.at(tmp_path / "other", postgres_url)]
+    for place in places:
+        month_of_usage(place, events=200)
+        ids = place.ledger_rows("SELECT event_id FROM events ORDER BY seq")
+        with place.meter() as meter:
+            for (event_id,) in ids[::9]:
+                usage = TokenUsage(input_tokens=4_999, output_tokens=333)
+                meter.correct(UUID(event_id), usage=usage, quantity=Decimal("0.123456789012"), reason="recounted")
+        assert [account for account, _ in place.cycle()] == ["account-1"]
+        assert rollup_differences(place.ledger_url, place.warehouse, PERIOD) == []
+        assert invoice_differences(place.ledger_url, place.out, PERIOD) == []
+    files, others = (place.files() for place in places)
+    assert len(files) == 17
+    assert files == others
 
 
 @pytest.mark.parametrize("period", ["2023-11", "2024-02"])

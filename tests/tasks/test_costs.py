@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
+@pytest.fixture
+def ledger_url(either_url: str) -> str:
+    return either_url
+
+
 def row(**said: Any) -> Mapping[str, Any]:
     return {
         **dict.fromkeys(TOKEN_FIELDS, 0),
