@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from benchmarks.payloads import payload_tables
 from benchmarks.peer import PACKAGES, make_environment
 from benchmarks.redis_store import async_table, threads_table
 from benchmarks.sql_store import sql_table
@@ -73,6 +74,7 @@ def _tables(folder: Path, given: Namespace, peer: Path | None, say: Callable[[st
     _let_the_hour_pass(say)
     yield sql_table(folder, rounds=given.rounds, turn_s=given.turn)
     yield from token_tables(rounds=given.rounds, turn_s=given.turn)
+    yield from payload_tables(rounds=given.rounds, turn_s=given.turn)
 
 
 def _let_the_hour_pass(say: Callable[[str], None]) -> None:

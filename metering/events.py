@@ -17,7 +17,7 @@ from metering import checks
 from metering.errors import InvalidEvent, InvalidUsage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
 __all__ = [
     "METRICS",
@@ -75,6 +75,23 @@ class TokenUsage:
                 self.cache_read_tokens + self.cache_write_tokens,
                 f"at most input_tokens, which is {self.input_tokens}",
             )
+
+    @classmethod
+    def from_payload(cls, payload: object, provider: str | None = None) -> TokenUsage:
+        """The usage that a provider's answer tells of, a dict or an SDK's object; see `metering.payloads`.
+
+        `provider` is only needed where the counts themselves do not tell. Raises `InvalidUsage`.
+        """
+        from metering.payloads import usage_of  # noqa: PLC0415  which imports this
+
+        return usage_of(payload, provider)
+
+    @classmethod
+    def from_stream(cls, events: Iterable[object], provider: str | None = None) -> TokenUsage:
+        """The same from all chunks of one answer, in wire order. Raises `InvalidUsage`, and what iterating raises."""
+        from metering.payloads import usage_of_stream  # noqa: PLC0415
+
+        return usage_of_stream(events, provider)
 
     @property
     def total_tokens(self) -> int:

@@ -15,6 +15,7 @@ from metering.admission.protocol import Bodies, HoldTicket, Settlement
 from metering.bodies import bodies_of, hidden, kept_in_plain, masked_error, refuse_secret
 from metering.errors import InvalidEvent, LedgerError
 from metering.events import Call, TokenUsage
+from metering.payloads import reply_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -72,7 +73,7 @@ class HeldCall:
 
     def real_cost(
         self,
-        usage: TokenUsage | None = None,
+        usage: object = None,
         *,
         quantity: Decimal | int | None = None,
         provider: str | None = None,
@@ -84,23 +85,26 @@ class HeldCall:
         """What `settle` with these arguments books, told to nobody yet. Raises `InvalidEvent`."""
         self.cost_is_known = True
         with hidden(self._secret):
+            if usage is None and self._ticket.usage is not None:
+                raise InvalidEvent("usage", None, "a TokenUsage, as in the estimate; TokenUsage() if nothing was used")
+            reply = reply_of(TokenUsage() if usage is None else usage, provider or self._call.provider)
             call = replace(
                 self._call,
-                provider=provider or self._call.provider,
-                model=model or self._call.model,
+                provider=provider or self._call.provider or reply.provider,
+                model=model or self._call.model or reply.model,
                 service_tier=service_tier or self._call.service_tier,
                 latency_ms=latency_ms,
             )
             refuse_secret(self._secret, kept_in_plain(call))
-            if usage is None and self._ticket.usage is not None:
-                raise InvalidEvent("usage", None, "a TokenUsage, as in the estimate; TokenUsage() if nothing was used")
-            if usage is not None and not isinstance(usage, TokenUsage):
-                raise InvalidEvent("usage", usage, "a TokenUsage")
             used = None if quantity is None else checks.quantity("quantity", quantity)
         if self.settled is None:
             self._call = call
         return self._settlement(
-            call, usage, self._ticket.quantity if used is None else used, response=response, estimated=False
+            call,
+            reply.usage,
+            self._ticket.quantity if used is None else used,
+            response=response,
+            estimated=False,
         )
 
     def presumed_cost(self, usage: TokenUsage | None, *, estimated: bool) -> Settlement:
@@ -191,7 +195,7 @@ class Hold(HeldCall):
 
     def settle(
         self,
-        usage: TokenUsage | None = None,
+        usage: object = None,
         *,
         quantity: Decimal | int | None = None,
         provider: str | None = None,
@@ -202,10 +206,12 @@ class Hold(HeldCall):
     ) -> Settled:
         """Bill the real cost, in the window the hold was made in; also after the hold has expired.
 
-        What is not given here stays as `reserve` was told, but for the usage: an estimate is not a cost. The same
-        settle twice is one; another one raises `SettleConflict`. Raises `InvalidEvent` for usage that cannot be or is
-        left out, and for a provider or model left out that a rate of the plan needs. While Redis is away it is
-        not lost: it waits in the spool (`Settled.pending`), and is told once Redis is back.
+        `usage` is a `TokenUsage`, or the provider's answer: a payload, an SDK's object or a `UsageStream`, see
+        `metering.payloads`. What is not given here stays as `reserve` was told, but for the usage: an estimate is not a
+        cost. A provider and a model that neither said are taken from the answer. The same settle twice is one; another
+        one raises `SettleConflict`. Raises `InvalidEvent` for usage that cannot be or is left out, and for a provider
+        or model left out that a rate of the plan needs. While Redis is away it is not lost: it waits in the spool
+        (`Settled.pending`), and is told once Redis is back.
         """
         settlement = self.real_cost(
             usage,

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from metering.admission.protocol import Decision, Settlement
     from metering.aio import AsyncHold
-    from metering.events import TokenUsage
     from metering.integrations.problems import Answer
 
     Message = MutableMapping[str, Any]
@@ -100,7 +99,7 @@ class RequestHold:
 
     def settle(
         self,
-        usage: TokenUsage | None = None,
+        usage: object = None,
         *,
         quantity: Decimal | int | None = None,
         provider: str | None = None,
