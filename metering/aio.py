@@ -306,6 +306,10 @@ class AsyncHold(HeldCall):
                 else:
                     await to_the_end(self._settle, ending)
 
+    def let_go(self) -> None:
+        """Renew it no longer: it expires by itself."""
+        self._keeper.remove(self._ticket)
+
     async def _settle(self, settlement: Settlement) -> Settled:
         self.settled = await self._store.settle(settlement)
         self._keeper.remove(self._ticket)

@@ -33,9 +33,10 @@ _couriers: weakref.WeakSet[Courier] = weakref.WeakSet()
 class Courier:
     """Keeps facts in a folder, and carries them from one thread that lives as long as there are any."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, ledger_id: UUID) -> None:
         self._folder = folder
-        self._spool = Spool(folder)
+        self._spool = Spool(folder, owner=ledger_id)
+        self._shipping = threading.Lock()
         self._delivers: dict[str, Deliver] = {}
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -62,7 +63,8 @@ class Courier:
 
     def ship(self) -> Shipped:
         """Carry what waits, also of processes that are gone. Raises `StoreUnavailable` for an unreadable spool."""
-        return self._spool.ship(self._deliver)
+        with self._shipping:
+            return self._spool.ship(self._deliver)
 
     def close(self) -> None:
         """Stop, after a last attempt to ship; what is left is for the next process, or for the drain."""
@@ -108,12 +110,18 @@ class Courier:
         left = [line for line in lines if line.kind not in self._delivers]
         for kind, deliver in self._delivers.items():
             of_kind = [line for line in lines if line.kind == kind]
-            if of_kind:
+            if not of_kind:
+                continue
+            try:
                 left += deliver(of_kind)
+            except Exception:
+                logger.exception("%d lines of the spool could not be carried, and stay: %s", len(of_kind), kind)
+                left += of_kind
         return left
 
     def _start_anew(self) -> None:
         self._wake = threading.Condition()
+        self._shipping = threading.Lock()
         self._thread = None
         self._is_empty = True
 

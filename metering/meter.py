@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from metering.ledger.plan_versions import PlanVersion
     from metering.plans import Plan
 
-__all__ = ["Meter", "MeterSettings", "settings_from_env"]
+__all__ = ["Meter", "MeterSettings", "apply_file", "settings_from_env"]
 
 P = ParamSpec("P")
 
@@ -116,9 +116,9 @@ class Meter:
             ledger_url,
             timeout_s=timeout_s,
             create=ledger_url.startswith("sqlite:") if create is None else create,
-            first=lambda connection: _apply_file(connection, plans, clock(), actor),
+            first=lambda connection: apply_file(connection, plans, clock(), actor),
         )
-        self._courier = Courier(spool or _spool_beside(self.ledger))
+        self._courier = Courier(spool or _spool_beside(self.ledger), self.ledger.ledger_id)
         self._last_known = LastKnown(clock)
         self._quota_place = None
         if quota_url is not None:
@@ -437,7 +437,7 @@ def _spool_beside(ledger: Ledger) -> Path:
     return (ledger.path.parent if ledger.dialect == "sqlite" else Settings().home) / "spool"
 
 
-def _apply_file(connection: sa.Connection, path: Path | None, now: datetime, actor: str) -> None:
+def apply_file(connection: sa.Connection, path: Path | None, now: datetime, actor: str) -> None:
     """Write the plans of a TOML file, where there is one. Raises `InvalidPlan`."""
     if path is None or not path.exists():
         return

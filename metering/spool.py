@@ -37,7 +37,7 @@ MAX_BATCH_BYTES = 8 * 2**20
 _LONGEST_LINE = 2 * MAX_PAYLOAD_BYTES
 """No line is as long: base64 makes four bytes of three."""
 _KIND = re.compile(r"[a-z_]{1,32}")
-_NAME = re.compile(r"(?P<at_us>[0-9]{16})-(?P<writer>[0-9]+-[0-9a-f]{8})\.(?:open|sealed)")
+_NAME = re.compile(r"(?P<at_us>[0-9]{16})-(?P<writer>[0-9]+-[0-9a-f]{8})(?:-(?P<owner>[0-9a-f]{32}))?\.(?:open|sealed)")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 
@@ -83,11 +83,13 @@ class SpoolState:
 class Spool:
     """Appends to, and ships, what lies in one folder, which is created at the first append.
 
-    Any number of threads may share one; after a fork the child goes on with a file of its own.
+    Any number of threads may share one; after a fork the child goes on with a file of its own. With an `owner`, such as
+    a ledger's id, only files of that owner are shipped; without one all are, and counted by `pending`.
     """
 
-    def __init__(self, folder: Path, *, clock: Callable[[], datetime] = utc_now) -> None:
+    def __init__(self, folder: Path, *, owner: UUID | None = None, clock: Callable[[], datetime] = utc_now) -> None:
         self._folder = folder.absolute()
+        self._owner = owner and owner.hex
         self._clock = clock
         self._last_us = 0
         self._start_anew()
@@ -192,7 +194,8 @@ class Spool:
         file = None
         while file is None:  # a shipper may lock a new file first: it finds it empty and deletes it
             self._last_us = max((self._clock() - _EPOCH) // _MICROSECOND, self._last_us + 1)
-            path = self._folder / f"{self._last_us:016d}-{self._writer}.open"
+            owner = f"-{self._owner}" if self._owner else ""
+            path = self._folder / f"{self._last_us:016d}-{self._writer}{owner}.open"
             file = _take(path, "ab")
         _sync_folder(self._folder)
         self._file, self._path = file, path
@@ -220,7 +223,8 @@ class Spool:
         paths: list[Path] = []
         with _failing_as_unavailable(self._folder), suppress(FileNotFoundError):
             paths = sorted(self._folder.iterdir())
-        return [(path, name) for path in paths if (name := _NAME.fullmatch(path.name))]
+        named = [(path, name) for path in paths if (name := _NAME.fullmatch(path.name))]
+        return [(path, name) for path, name in named if self._owner in (None, name["owner"])]
 
     def _ship_files(
         self, deliver: Callable[[list[Line]], list[Line] | None], most: int, shipped: Shipped, done: set[str]

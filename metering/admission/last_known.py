@@ -35,11 +35,23 @@ class LastKnown:
         self._clock = clock
         self._terms: dict[str, tuple[KnownTerms, datetime]] = {}
 
+    @property
+    def knows_any(self) -> bool:
+        """Whether there is anything to forget."""
+        return bool(self._terms)
+
     def note(self, digest: str, terms: KnownTerms) -> None:
-        """The store has authenticated this key just now, and its plan fails open."""
+        """The store has authenticated this key just now."""
+        if terms.plan.fail != "open":
+            self.forget(digest)
+            return
         if len(self._terms) >= MOST_REMEMBERED:
             self._terms.clear()
         self._terms[digest] = terms, self._clock()
+
+    def forget(self, digest: str) -> None:
+        """The store has refused this key, or its plan fails closed now."""
+        self._terms.pop(digest, None)
 
     def find(self, digest: str, now: datetime | None = None) -> tuple[KnownTerms, datetime] | None:
         """The terms of a key, and the time now; None where it may not be admitted unchecked."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 
 from metering.admission.protocol import AdmissionStore, Decision, HoldTicket, Settled, Settlement, Undecided
-from metering.errors import InvalidSetting, MeteringError, SettleConflict, StoreUnavailable
+from metering.errors import (
+    InvalidEvent,
+    InvalidSetting,
+    MeteringError,
+    RevokedKey,
+    SettleConflict,
+    StoreUnavailable,
+    UnknownKey,
+)
 from metering.events import TokenUsage, UsageEvent, derive_event_id, new_event_id
 
 if TYPE_CHECKING:
@@ -73,6 +81,9 @@ class PatientStore:
         """See `AdmissionStore.admit`. Where the plan fails open, the call is admitted though the store is away."""
         try:
             return self._store.admit(admission, now)
+        except (RevokedKey, UnknownKey):
+            self._last_known.forget(admission.key_digest)
+            raise
         except StoreUnavailable as exc:
             decision = self.unchecked(admission, exc, now)
             if decision is None:
@@ -105,6 +116,10 @@ class PatientStore:
     def quota(self, account: str, key_id: str | None = None, now: datetime | None = None) -> tuple[LimitStatus, ...]:
         """See `AdmissionStore.quota`."""
         return self._store.quota(account, key_id, now)
+
+    def forget(self, digest: str) -> None:
+        """The store has refused this key."""
+        self._last_known.forget(digest)
 
     def append_later(self, signal: UsageEvent) -> None:
         """Keep a signal until the ledger is back. Raises `StoreUnavailable` where it cannot be kept either."""
@@ -174,13 +189,24 @@ class PatientStore:
             try:
                 if kept.undo is not None:
                     self._store.cancel(kept.undo)
-                self._store.settle(kept.settlement)
+                self._settle_now(kept.settlement)
             except (InvalidSetting, StoreUnavailable):
                 away.add(place)
                 left.append(line)
             except SettleConflict:
                 logger.exception("a settle of hold %s came too late", line.event_id)
+            except Exception:
+                logger.exception("hold %s could not be settled; it stays in the spool", line.event_id)
+                left.append(line)
         return left
+
+    def _settle_now(self, settlement: Settlement) -> None:
+        try:
+            self._store.settle(settlement)
+        except InvalidEvent:
+            # The work was done, and nobody is there to say it better: what an estimate need not name is billed.
+            logger.exception("hold %s leaves out what its plan's rates need", settlement.hold.hold_id)
+            self._store.settle(replace(settlement, estimated=True))
 
     def _deliver_signals(self, lines: list[Line]) -> list[Line]:
         signals = [_signals.decode(line.payload) for line in lines]
@@ -214,6 +240,9 @@ class AsyncPatientStore:
         """See `PatientStore.admit`."""
         try:
             return await self._store.admit(admission, now)
+        except (RevokedKey, UnknownKey):
+            self._patient.forget(admission.key_digest)
+            raise
         except StoreUnavailable as exc:
             decision = await asyncio.to_thread(self._patient.unchecked, admission, exc, now)
             if decision is None:

@@ -252,9 +252,9 @@ class SqlWorks:
         return decided(allowed=True, limits=verdict.statuses, hold=hold)
 
     def _remember(self, digest: str, account: str, key_id: str, placed: Placement) -> None:
-        plan = placed.plan
-        if plan.fail == "open" and self._last_known is not None:
-            terms = KnownTerms(account, key_id, plan, placed.plan_version, placed.period, placed.label)
+        # Few plans fail open, and every call comes here.
+        if self._last_known is not None and (placed.plan.fail == "open" or self._last_known.knows_any):
+            terms = KnownTerms(account, key_id, placed.plan, placed.plan_version, placed.period, placed.label)
             self._last_known.note(digest, terms)
 
     def _replay(

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from metering.cli import accounts, importing, plans, quotas, spans, tracing
-from metering.cli.shared import GROUP, Account, AsJson, End, Start, instant, open_meter
+from metering.cli.shared import GROUP, Account, AsJson, End, Start, actor, instant, open_meter
 from metering.console import fields_of, show
 from metering.errors import InvalidSetting, MeteringError
 
@@ -48,11 +48,18 @@ def init() -> None:
 
 def migrate() -> None:
     """Bring the ledger's schema to the one this version needs."""
+    from metering.clock import utc_now
     from metering.ledger import SCHEMA, Ledger
+    from metering.meter import apply_file
     from metering.settings import Settings
 
     settings = Settings.from_env()
-    ledger = Ledger(settings.ledger_url, timeout_s=settings.timeout_s, upgrade=True)
+    ledger = Ledger(
+        settings.ledger_url,
+        timeout_s=settings.timeout_s,
+        upgrade=True,
+        first=lambda connection: apply_file(connection, settings.plans, utc_now(), actor()),
+    )
     ledger.close()
     typer.echo(f"ledger {ledger.where} is at schema {SCHEMA}")
 

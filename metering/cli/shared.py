@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from metering.meter import Meter
 
-__all__ = ["GROUP", "Account", "AsJson", "End", "Start", "instant", "open_meter"]
+__all__ = ["GROUP", "Account", "AsJson", "End", "Start", "actor", "instant", "open_meter"]
 
 GROUP: dict[str, Any] = {
     "no_args_is_help": True,
@@ -36,7 +36,7 @@ def open_meter(*, create: bool = False) -> Iterator[Meter]:
     """A meter as the settings say. What is changed is logged as done by this user."""
     from metering.meter import Meter
 
-    with Meter.from_env(create=create, actor=_actor()) as meter:
+    with Meter.from_env(create=create, actor=actor()) as meter:
         yield meter
 
 
@@ -51,7 +51,8 @@ def instant(name: str, text: str | None) -> datetime | None:
         raise InvalidSetting(name, text, "a time such as 2023-11-01 or 2023-11-01T12:00Z") from None
 
 
-def _actor() -> str:
+def actor() -> str:
+    """Whom the admin log names."""
     from getpass import getuser
 
     try:

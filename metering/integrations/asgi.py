@@ -153,6 +153,7 @@ class Exchange:
         self._start: Message | None = None
         """The response's head, until it is passed on."""
         self._status: int | None = None
+        self._headers: dict[bytes, bytes] = {}
         self._content_type: str | None = None
         self._body = _Kept()
         self._streams = False
@@ -234,7 +235,7 @@ class Exchange:
     def _begin(self, start: Message) -> None:
         assert self._hold is not None
         headers = list(start.get("headers", ()))
-        names = {name.lower(): value for name, value in headers}
+        names = self._headers = {name.lower(): value for name, value in headers}
         self._status = start["status"]
         self._content_type = names[b"content-type"].decode("latin-1") if b"content-type" in names else None
         self._streams = b"content-length" not in names and self._status != problems.NO_CONTENT
@@ -267,7 +268,7 @@ class Exchange:
         settlement = held.keeping(
             said,
             response=readable(self._body.data, self._content_type) if self._logs_bodies else None,
-            reply=problems.stored_reply(self._status or 0, self._content_type, self._body.data) if is_reply else None,
+            reply=problems.stored_reply(self._status or 0, self._headers, self._body.data) if is_reply else None,
         )
         if settlement.call.latency_ms is None:
             latency_ms = int((time.monotonic() - self._began_at_s) * 1_000)
@@ -276,7 +277,8 @@ class Exchange:
             is_priced = await _book(held, settlement)
         except LedgerError:
             logger.exception("%s could not be settled, nor be kept in the spool: it is not billed", held)
-            return None
+            held.let_go()
+            return problems.own_fault()
         return None if is_priced else problems.own_fault()
 
     def _failure(self, hold: RequestHold, error: BaseException | None) -> object:

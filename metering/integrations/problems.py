@@ -24,7 +24,7 @@ from metering.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+    from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
     from datetime import datetime
     from decimal import Decimal
 
@@ -44,6 +44,8 @@ __all__ = [
     "rate_limit_headers",
     "stored_reply",
 ]
+
+REPLAYED_HEADERS = (b"content-type", b"content-encoding", b"content-language", b"etag", b"last-modified", b"location")
 
 QUOTA_EXCEEDED = "https://iana.org/assignments/http-problem-types#quota-exceeded"
 ASK_AGAIN_S = 1
@@ -178,13 +180,14 @@ def own_fault() -> Answer:
     return _problem(500, "metering-failed", "Internal Server Error", "The app could not meter this call.")
 
 
-def stored_reply(status: int, content_type: str | None, body: bytes) -> dict[str, Any]:
-    """A response as it is kept for replays."""
+def stored_reply(status: int, headers: Mapping[bytes, bytes], body: bytes) -> dict[str, Any]:
+    """A response as it is kept for replays: of its headers those that say what the body is, and where."""
     try:
         text = {"body": body.decode()}
     except UnicodeDecodeError:
         text = {"base64": base64.b64encode(body).decode()}
-    return {"status": status, "content_type": content_type, **text}
+    kept = {name.decode(): headers[name].decode("latin-1") for name in REPLAYED_HEADERS if name in headers}
+    return {"status": status, "headers": kept, **text}
 
 
 def rate_limit_headers(limits: Iterable[LimitStatus], now: datetime) -> list[tuple[bytes, bytes]]:
@@ -256,7 +259,7 @@ def _too_many(error: LimitExceeded, now: datetime) -> Answer:
 
 def _replay(error: Replayed) -> Answer:
     stored = error.response
-    if not isinstance(stored, dict) or not stored.keys() >= {"status", "content_type"}:
+    if not isinstance(stored, dict) or not stored.keys() >= {"status", "headers"}:
         return _problem(
             409,
             "response-not-kept",
@@ -268,8 +271,7 @@ def _replay(error: Replayed) -> Answer:
         )
     body = base64.b64decode(stored["base64"]) if "base64" in stored else stored["body"].encode()
     headers = [(b"idempotent-replayed", b"true")]
-    if stored["content_type"] is not None:
-        headers.append((b"content-type", stored["content_type"].encode("latin-1")))
+    headers += [(name.encode(), value.encode("latin-1")) for name, value in stored["headers"].items()]
     return Answer(status=stored["status"], headers=headers, body=body)
 
 

@@ -129,6 +129,8 @@ async def admit(
     except InvalidEvent as exc:
         if exc.field == "idempotency_key":
             raise problems.Refused(problems.invalid_idempotency_key(exc.expected)) from exc
+        if exc.field in ("estimate", "quantity") and exc.value is not None:
+            raise problems.Refused(problems.invalid_request(exc.field, exc.expected)) from exc
         raise
 
 

@@ -15,6 +15,7 @@ import sqlalchemy as sa
 
 from metering.errors import InvalidSetting, SchemaMismatch
 from metering.ledger.forks import Gate
+from metering.ledger.schema import ledger_info
 from metering.ledger.sqlite import SqlitePlace
 from metering.ledger.transactions import SqliteDriver
 from metering.ledger.writer import Writer
@@ -22,6 +23,7 @@ from metering.ledger.writer import Writer
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Literal
+    from uuid import UUID
 
     from metering.errors import LedgerError
     from metering.ledger.transactions import Driver
@@ -113,6 +115,13 @@ class Ledger:
         if not isinstance(self._place, SqlitePlace):
             raise InvalidSetting("METERING_LEDGER_URL", self.where, f"{_SQLITE}FILE for what needs the file")
         return self._place.path
+
+    @cached_property
+    def ledger_id(self) -> UUID:
+        """Which ledger this is, wherever it lies."""
+        with self.read() as connection:
+            found: UUID = connection.execute(sa.select(ledger_info.c.ledger_id)).scalar_one()
+        return found
 
     @cached_property
     def writer(self) -> Writer:

@@ -119,6 +119,8 @@ def connect(url: str, *, timeout_s: float, is_bounded: bool = True) -> _Connecti
         "DateStyle": "ISO",
         "lock_timeout": timeout_ms,
         "statement_timeout": timeout_ms if is_bounded else 0,
+        # A process that was stopped in the middle of a commit must not keep others from its accounts for ever.
+        "idle_in_transaction_session_timeout": 2 * timeout_ms if is_bounded else 0,
     }
     try:
         connection = _Connection.connect(**parameters, autocommit=True)

@@ -15,8 +15,9 @@ import pytest
 
 from metering.admission.verify import check_counters
 from metering.aio import AsyncMeter
+from metering.billing.pricing import Rate
 from metering.drain import Drain
-from metering.errors import InvalidPlan, StoreUnavailable
+from metering.errors import InvalidPlan, RevokedKey, StoreUnavailable
 from metering.events import TokenUsage
 from metering.meter import Meter
 from metering.plans import Limit, Plan
@@ -250,3 +251,53 @@ def test_flush_says_what_goes_on_waiting(meter: Meter, secret: str) -> None:
             meter.flush()
     meter.flush()
     assert billed(meter) == (1, 3)
+
+
+def test_a_settle_that_leaves_out_what_a_rate_needs_is_billed_as_estimated_and_blocks_nothing(
+    open_meter: Callable[..., Meter],
+) -> None:
+    priced = Rate.from_dict(
+        {"line": "a", "metric": "input_tokens", "type": "per_unit", "unit_amount": "1", "match": {"model": "gpt-*"}}
+    )
+    meter = open_meter(timeout_s=SOON_S)
+    meter.apply_plans([Plan(name="p", retention_days=30, fail="open", rates=(priced,))])
+    secret = meter.keys.create("acme", plan="p").secret
+    meter.consume(secret, line="a", usage=USAGE, model="gpt-4.1")
+    hold = meter.reserve(secret, line="a", estimate=USAGE)
+    with locked(meter.ledger.path):
+        assert hold.settle(USAGE).pending
+        assert meter.consume(secret, line="a", usage=USAGE).unchecked
+        assert meter.consume(secret, line="a", usage=USAGE, model="gpt-4.1").unchecked
+    meter.flush()
+    with meter.ledger.read() as connection:
+        kept = connection.exec_driver_sql("SELECT model, estimated FROM events ORDER BY seq").all()
+    assert [tuple(row) for row in kept] == [("gpt-4.1", 0), (None, 1), (None, 1), ("gpt-4.1", 0)]
+
+
+def test_what_waits_for_one_ledger_is_carried_to_no_other(
+    open_meter: Callable[..., Meter], secret: str, meter: Meter, tmp_path: Path, clock: Clock
+) -> None:
+    spool = meter.ledger.path.parent / "spool"
+    with locked(meter.ledger.path):
+        assert meter.record(account="acme", line="b", quantity=1)
+        meter.close()
+        with Meter(f"sqlite:///{tmp_path / 'other.db'}", spool=spool, clock=clock) as other:
+            other.keys.create("acme", plan="free")
+            other.flush()
+            assert billed(other) == (0, 0)
+    meter.flush()
+    assert billed(meter) == (1, 0)
+
+
+@pytest.mark.parametrize("why", ["revoked", "the plan fails closed now"])
+def test_what_the_store_has_said_last_counts_while_it_is_away(meter: Meter, secret: str, why: str) -> None:
+    meter.consume(secret, line="a", usage=USAGE)
+    if why == "revoked":
+        meter.keys.revoke(meter.keys.lookup(secret).key_id)
+        with pytest.raises(RevokedKey):
+            meter.consume(secret, line="a", usage=USAGE)
+    else:
+        meter.apply_plans([plan("closed")])
+        meter.consume(secret, line="a", usage=USAGE)
+    with locked(meter.ledger.path), pytest.raises(StoreUnavailable):
+        meter.consume(secret, line="a", usage=USAGE)

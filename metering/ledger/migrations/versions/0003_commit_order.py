@@ -1,4 +1,4 @@
-"""On Postgres: which transaction wrote an event, whose numbers do not come in the order of commits; and last commits."""
+"""On Postgres: which transaction wrote an event, because numbers do not come in the order of commits; last commits."""
 
 from __future__ import annotations
 
