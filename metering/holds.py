@@ -11,9 +11,10 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from metering import checks
+from metering.admission.holding import settlement_digest
 from metering.admission.protocol import Bodies, HoldTicket, Settlement
 from metering.bodies import bodies_of, hidden, kept_in_plain, masked_error, refuse_secret
-from metering.errors import InvalidEvent, LedgerError
+from metering.errors import InvalidEvent, LedgerError, SettleConflict
 from metering.events import Call, TokenUsage
 from metering.payloads import reply_of
 
@@ -61,6 +62,8 @@ class HeldCall:
         self._released = False
         self._unanswered: Settlement | None = None
         """What the store was told, without an answer."""
+        self._waiting: Settlement | None = None
+        """What waits in the spool."""
 
     def __repr__(self) -> str:
         ticket = self._ticket
@@ -137,13 +140,20 @@ class HeldCall:
 
     @contextmanager
     def _remembering(self, settlement: Settlement) -> Iterator[None]:
-        """A block that asks for `settlement`: if no answer comes, the end of the hold's block asks again."""
+        """A block that asks for `settlement`: if no answer comes, the end of the hold's block asks again.
+
+        Raises `SettleConflict` where another settlement waits in the spool: nobody is left to be told later.
+        """
+        if self._waiting is not None and settlement_digest(self._waiting) != settlement_digest(settlement):
+            raise SettleConflict(f"{self} was settled before with other usage, which waits in the spool; that stands")
         try:
             yield
         except BaseException as exc:
             if isinstance(exc, LedgerError) or not isinstance(exc, Exception):
                 self._unanswered = settlement
             raise
+        if self.settled is not None and self.settled.pending:
+            self._waiting = settlement
 
     @contextmanager
     def _telling(self, ending: Settlement | Release, error: BaseException | None) -> Iterator[None]:
@@ -210,8 +220,8 @@ class Hold(HeldCall):
         `metering.payloads`. What is not given here stays as `reserve` was told, but for the usage: an estimate is not a
         cost. A provider and a model that neither said are taken from the answer. The same settle twice is one; another
         one raises `SettleConflict`. Raises `InvalidEvent` for usage that cannot be or is left out, and for a provider
-        or model left out that a rate of the plan needs. While Redis is away it is not lost: it waits in the spool
-        (`Settled.pending`), and is told once Redis is back.
+        or model left out that a rate of the plan needs. While the store is away it is not lost: it waits in the spool
+        (`Settled.pending`), and is told once the store is back.
         """
         settlement = self.real_cost(
             usage,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from decimal import Decimal
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -53,28 +53,23 @@ def keep_hold(
         [rate.metric, rate.line, rate.key_id, rate.units, rate.period_us, decimal_text(arrival)]
         for rate, arrival in arrivals.items()
     ]
-    cursor.execute(
-        _SQL["insert_hold"],
-        {
-            "hold_id": hold.hold_id.hex,
-            "event_id": hold.event_id.hex,
-            "account": hold.account,
-            "key_id": hold.key_id,
-            "line": call.line,
-            "run_id": call.run_id,
-            "fingerprint": hold.fingerprint,
-            "admitted_at": instant_text(hold.admitted_at),
-            "expires_at": instant_text(hold.expires_at),
-            "reserved": dump_units(dict(reserved)),
-            "rate_claims": msgspec.json.encode(claims).decode(),
-        },
-    )
+    row = {
+        **_row_of(hold, call),
+        "reserved": dump_units(dict(reserved)),
+        "rate_claims": msgspec.json.encode(claims).decode(),
+    }
+    cursor.execute(_SQL["insert_hold"], row)
     CounterBook.of(cursor).forget_expiries(hold.account)
 
 
 def keep_settled(cursor: Cursor, hold: HoldTicket, call: Call, digest: str, event_id: UUID, *, is_known: bool) -> None:
     """Note how a hold was settled. One that the ledger does not know is written: the same settle may come again."""
-    row = {
+    row = {**_row_of(hold, call), "settlement": digest, "settled_event_id": event_id.hex}
+    cursor.execute(_SQL["settle_hold" if is_known else "insert_settled_hold"], row)
+
+
+def _row_of(hold: HoldTicket, call: Call) -> dict[str, Any]:
+    return {
         "hold_id": hold.hold_id.hex,
         "event_id": hold.event_id.hex,
         "account": hold.account,
@@ -84,10 +79,7 @@ def keep_settled(cursor: Cursor, hold: HoldTicket, call: Call, digest: str, even
         "fingerprint": hold.fingerprint,
         "admitted_at": instant_text(hold.admitted_at),
         "expires_at": instant_text(hold.expires_at),
-        "settlement": digest,
-        "settled_event_id": event_id.hex,
     }
-    cursor.execute(_SQL["settle_hold" if is_known else "insert_settled_hold"], row)
 
 
 def give_back(cursor: Cursor, hold: KeptHold, state: str, now: datetime) -> None:

@@ -135,7 +135,7 @@ class SpanImporter:
         report.unneeded += 1
         ids = (span.trace_id, span.span_id, span.parent_span_id)
         row = (*ids, len(self.reports) - 1, msgspec.msgpack.encode(span))
-        self._bare.execute("INSERT OR IGNORE INTO bare VALUES (?, ?, ?, ?, ?)", row)
+        self._bare.execute("INSERT INTO bare VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", row)
         return None
 
     def _commit(self, batch: Sequence[tuple[int, TracedSpan]], report: SpanImportReport, rejected: Rejects) -> None:
@@ -154,7 +154,7 @@ class SpanImporter:
         with closing(self._bare.execute("SELECT DISTINCT trace_id FROM bare")) as traces:
             while some := traces.fetchmany(TRACES_AT_ONCE):
                 wanted = parents_in(self._ledger, [trace_id for (trace_id,) in some])
-                self._bare.executemany("INSERT OR IGNORE INTO wanted VALUES (?, ?)", wanted)
+                self._bare.executemany("INSERT INTO wanted VALUES (?, ?) ON CONFLICT DO NOTHING", wanted)
         ancestors = (
             "WITH RECURSIVE above AS (SELECT trace_id, span_id FROM wanted UNION"
             " SELECT bare.trace_id, bare.parent_span_id FROM bare JOIN above USING (trace_id, span_id))"

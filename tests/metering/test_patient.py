@@ -17,7 +17,7 @@ from metering.admission.verify import check_counters
 from metering.aio import AsyncMeter
 from metering.billing.pricing import Rate
 from metering.drain import Drain
-from metering.errors import InvalidPlan, RevokedKey, StoreUnavailable
+from metering.errors import InvalidPlan, RevokedKey, SettleConflict, StoreUnavailable
 from metering.events import TokenUsage
 from metering.meter import Meter
 from metering.plans import Limit, Plan
@@ -72,6 +72,9 @@ def test_a_settle_waits_for_a_ledger_that_is_away(meter: Meter, secret: str) -> 
         settled = hold.settle(USAGE)
         assert settled.pending
         assert settled.billable
+        assert hold.settle(USAGE).pending
+        with pytest.raises(SettleConflict, match="was settled before with other usage, which waits in the spool"):
+            hold.settle(TokenUsage(input_tokens=4))
     meter.flush()
     assert billed(meter) == (1, 3)
     assert [status.used for status in meter.quota("acme")] == [1, 3]
