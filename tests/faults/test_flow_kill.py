@@ -18,7 +18,7 @@ import pytest
 from tasks.load import ROOT
 from tests.tasks.place import PERIOD, Place, month_of_usage
 
-ROUNDS = int(os.environ.get("TALLYSTICK_FAULT_ROUNDS", "3"))
+ROUNDS = int(os.environ.get("TALLYSTICK_FAULT_ROUNDS", "2"))
 DEADLINE_S = 120
 PREPARE = """
 import asyncio
