@@ -147,14 +147,15 @@ class Operation:
     ) -> Run:
         """One run of it, for `with` and `Meter.record`, or `async with` and `AsyncMeter.record`.
 
-        `idempotency_key`, or else `run_id`, is the same however often a job is tried: what it emits is then recorded
-        once for each line, operation and account. Ids are strings, or what str() makes of them; those that no event
-        could have are left out. `llm` is the customer's configuration, see `platform_pays`.
+        `idempotency_key` is the same however often a job is tried: what it emits is then recorded once for each line,
+        operation and account. `run_id` only says to which run it belongs, which may have many of them. Ids are strings,
+        or what str() makes of them; those that no event could have are left out. `llm` is the customer's configuration,
+        see `platform_pays`.
         """
         return Run(
             self,
             record,
-            key=_text(idempotency_key).strip() or _text(run_id).strip() or str(new_event_id()),
+            key=_text(idempotency_key).strip() or str(new_event_id()),
             said={
                 "account": account,
                 "operation": self.name,
@@ -314,8 +315,10 @@ class Run:
         with self._lock:
             self._is_running = False
         assert self._outer is not None
-        with suppress(ValueError):  # a generator's block may end in another context than it began in
-            _current.reset(self._outer)
+        # A generator's block may end in another context than it began in, or while another run is the current one.
+        if _current.get() is self:
+            with suppress(ValueError):
+                _current.reset(self._outer)
         if error is not None or not self._emits:
             return []
         return [
@@ -346,7 +349,11 @@ _current: ContextVar[Run | None] = ContextVar("metering_run", default=None)
 
 
 def add_tokens(usage: object, *, provider: str | None = None, model: str | None = None) -> None:
-    """`Run.add` of the innermost run that this code was called in, in whatever task or thread; without one, nothing."""
+    """`Run.add` of the innermost run that this code was called in; without one, nothing.
+
+    Tasks and `asyncio.to_thread` take the run with them. Threads of an executor of your own and generators do not: give
+    them the run, and call its `add`.
+    """
     run = _current.get()
     if run is not None:
         run.add(usage, provider=provider, model=model)

@@ -33,14 +33,17 @@ def _reads(part: Part) -> bool:
 def _usage(part: Part, provider: str | None) -> TokenUsage:
     prompt_tokens = part.count("prompt_tokens")
     completion_tokens = _completion_tokens(part, prompt_tokens)
-    read, made = part.block("prompt_tokens_details"), part.block("completion_tokens_details")
+    # Mistral has a name of its own for the block, too.
+    read = part.block("prompt_tokens_details", "prompt_token_details")
+    made = part.block("completion_tokens_details")
     reasoning_tokens = made.optional("reasoning_tokens") or part.optional("reasoning_tokens")
     outside = _outside_reasoning(part, prompt_tokens, completion_tokens, reasoning_tokens, _by_mark(part) or provider)
     return TokenUsage(
         input_tokens=prompt_tokens,
-        # DeepSeek: prompt_cache_hit_tokens; xAI's own API: cached_prompt_text_tokens; Together: cached_tokens.
+        # DeepSeek: prompt_cache_hit_tokens; xAI's own API: cached_prompt_text_tokens; Together: cached_tokens;
+        # Mistral: num_cached_tokens.
         cache_read_tokens=read.optional("cached_tokens")
-        or part.optional("prompt_cache_hit_tokens", "cached_prompt_text_tokens", "cached_tokens"),
+        or part.optional("prompt_cache_hit_tokens", "cached_prompt_text_tokens", "cached_tokens", "num_cached_tokens"),
         cache_write_tokens=read.optional("cache_write_tokens"),
         input_audio_tokens=read.optional("audio_tokens"),
         output_tokens=completion_tokens + outside,
@@ -71,7 +74,7 @@ def _outside_reasoning(part: Part, read: int, made: int, reasoning_tokens: int, 
         return reasoning_tokens
     if provider == "google" and total_tokens is not None:
         return max(0, total_tokens - read - made)
-    if provider is not None:
+    if provider is not None and (total_tokens is None or total_tokens < read + made):
         return 0
     apart = f", or {read + made + reasoning_tokens} where reasoning is counted apart" if reasoning_tokens else ""
     raise part.refused("total_tokens", total_tokens, f"{read + made}{apart}; say whose rule holds with provider=")

@@ -136,7 +136,8 @@ def usage_of(attributes: Mapping[Any, Any], scope: str = "") -> SpanUsage:
     if _is_of_strands(attributes, scope):
         said[1].convention, said[1].excludes_cache = "strands", True
     said.append(_read_langfuse(attributes.get(LANGFUSE_USAGE)))
-    best = max(said, key=lambda one: (one.is_usage, len(one.counts)))
+    # Zeros say nothing where another convention says how much.
+    best = max(said, key=lambda one: (one.is_usage, any(one.counts.values()), len(one.counts)))
     if best.is_usage:
         return _resolved(best)
     flags = [INVALID_COUNT] if any(one.has_invalid for one in said) else []

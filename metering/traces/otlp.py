@@ -80,9 +80,17 @@ def _found(path: Path, raw: io.BufferedReader) -> Iterator[FoundSpan]:
         raise InvalidFile(path, f"breaks off after {count} spans: {exc}; {_KEPT}") from exc
 
 
+def _line_of(file: IO[bytes]) -> bytes:
+    """The next line; nothing where the file breaks off in it, which is told when its spans are read."""
+    try:
+        return file.readline(MAX_VALUE + 1)
+    except (EOFError, zlib.error):
+        return b""
+
+
 def _has_lines(file: IO[bytes]) -> bool:
     """Whether each line is a document of its own: one of the first is."""
-    for line in islice(iter(lambda: file.readline(MAX_VALUE + 1), b""), LINES_LOOKED_AT):
+    for line in islice(iter(lambda: _line_of(file), b""), LINES_LOOKED_AT):
         if len(line) > MAX_VALUE:
             return False
         try:

@@ -54,7 +54,8 @@ class TraceFlag(NamedTuple):
     """`orphan`: its parent is not among the spans, so it may repeat what another one counts. `cycle`: it is its own
     ancestor, and counts as if it had no parent. `conflicting_duplicate`: its id came with different contents, and the
     one with most tokens counts. `mismatched_total`: its total is not input + output. `invalid_count`: a count was none,
-    and is left out. `unknown_model`: it counts, and names no model.
+    and is left out. `unknown_model`: it counts, and names no model. `unrepeated`: it is left out because those below it
+    count, and says more than they do, so it may have been a call of its own.
     """
     trace_id: str | None
     span_id: str | None
@@ -95,6 +96,7 @@ def sum_trace_tokens(spans: Iterable[Any] | None) -> RunTokenTotals:
     for key, span in distinct.items():
         flags.update(TraceFlag(kind, *_ids(span)) for kind in span.flags if key in counted or span.usage is None)
     _flag_orphans(distinct, parents, counted, flags)
+    _flag_unrepeated(distinct, parents, counted, flags)
     by_model: dict[str, Counter[str]] = {}
     for key in counted:
         span = distinct[key]
@@ -183,6 +185,22 @@ def _flag_orphans(
         span = distinct[key]
         if span.parent_span_id is not None and (span.trace_id, span.parent_span_id) not in distinct:
             flags.add(TraceFlag("orphan", *_ids(span)))
+
+
+def _flag_unrepeated(
+    distinct: dict[_Key, TracedSpan], parents: dict[_Key, _Key], counted: set[_Key], flags: set[TraceFlag]
+) -> None:
+    """A span that is not counted says more than those below it that are: it may not be a repeat of them."""
+    below: Counter[_Key] = Counter()
+    for key in counted:
+        usage = distinct[key].usage
+        assert usage is not None
+        for above in _above([key], parents):
+            below[above] += usage.total_tokens
+    for key, tokens in below.items():
+        usage = distinct[key].usage
+        if key not in counted and usage is not None and usage.total_tokens > tokens:
+            flags.add(TraceFlag("unrepeated", *_ids(distinct[key])))
 
 
 def _ids(span: TracedSpan) -> tuple[str | None, str | None]:

@@ -251,13 +251,22 @@ def test_an_absent_total_leaves_reasoning_to_the_provider() -> None:
     assert usage_of(counts | {"num_sources_used": 0}).output_tokens == 13
 
 
-def test_a_total_that_fits_neither_is_left_to_the_provider() -> None:
+def test_a_total_that_fits_neither_is_read_by_the_provider_s_rule_or_not_at_all() -> None:
     # Gemini's endpoint of this shape hides thoughts in the total.
     counts = {"prompt_tokens": 10, "completion_tokens": 8, "total_tokens": 118}
     assert usage_of(counts, "gemini") == TokenUsage(input_tokens=10, output_tokens=108, reasoning_tokens=100)
-    assert usage_of(counts, "mistral") == TokenUsage(input_tokens=10, output_tokens=8)
-    with pytest.raises(InvalidUsage, match=r"total_tokens: got 118, expected 18; .* provider="):
-        usage_of(counts)
+    assert usage_of(counts | {"total_tokens": 9}, "mistral") == TokenUsage(input_tokens=10, output_tokens=8)
+    for provider in (None, "mistral"):
+        with pytest.raises(InvalidUsage, match=r"total_tokens: got 118, expected 18; .* provider="):
+            usage_of(counts, provider)
+
+
+@pytest.mark.parametrize(
+    "cached", [{"num_cached_tokens": 64}, {"prompt_token_details": {"cached_tokens": 64}}], ids=["count", "block"]
+)
+def test_mistral_names_cached_tokens_in_its_own_way(cached: dict[str, Any]) -> None:
+    counts = {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}
+    assert usage_of(counts | cached) == TokenUsage(input_tokens=100, cache_read_tokens=64, output_tokens=20)
 
 
 def test_counts_of_two_conventions_are_left_to_the_provider() -> None:

@@ -216,7 +216,13 @@ def test_an_own_key_counts_whatever_else_is_said(other: Any, key: str) -> None:
 
 def test_an_operation_that_ends_well_tells_the_meter(recorder: Recorder) -> None:
     with SEARCH.run(
-        recorder, account="acme", run_id="run-1", request_id="req-1", session_id="s-1", llm={"api_key": "k"}
+        recorder,
+        account="acme",
+        run_id="run-1",
+        idempotency_key="run-1",
+        request_id="req-1",
+        session_id="s-1",
+        llm={"api_key": "k"},
     ) as run:
         run.emit(applied_learnings, ["a", "b"])
         assert not recorder.told, "the work is not done"
@@ -472,7 +478,7 @@ def test_a_cancellation_while_signals_are_recorded_loses_none(recorder: Recorder
 
 
 def test_what_cannot_be_understood_is_logged_and_left_out(recorder: Recorder, caplog: pytest.LogCaptureFixture) -> None:
-    with SEARCH.run(recorder, account="acme", run_id="run-1") as run:
+    with SEARCH.run(recorder, account="acme", idempotency_key="run-1") as run:
         for usage in (None, "tokens", {"unknown": 1}, Hostile(), -1):
             run.add(usage)
         run.emit(applied_learnings, None)  # type: ignore[arg-type]
@@ -579,7 +585,7 @@ def test_a_retried_job_bills_once(meter: Meter) -> None:
     meter.accounts.create("acme", plan="pro")
     meter.accounts.create("other", plan="pro")
     for _ in range(3):
-        job(meter, run_id="job-1", request_id="req-1", session_id="s-1")
+        job(meter, run_id="job-1", idempotency_key="job-1", request_id="req-1", session_id="s-1")
         job(meter, run_id="job-1", idempotency_key="key-1")
     billed = ("production_agent", True, True, "job-1")
     first = [
@@ -591,8 +597,8 @@ def test_a_retried_job_bills_once(meter: Meter) -> None:
         ("learnings_generated", 3, 0, *billed, None, None),
     ]
     assert events_of(meter) == first + second
-    job(meter, run_id="job-1", account="other")
-    with Operation("another", emits_billing=True).run(meter.record, account="acme", run_id="job-1") as run:
+    job(meter, idempotency_key="job-1", account="other")
+    with Operation("another", emits_billing=True).run(meter.record, account="acme", idempotency_key="job-1") as run:
         run.emit(learnings_generated, 3)
     assert len(events_of(meter)) == 7, "the job of another account, and another operation of the job"
     for _ in range(2):
@@ -607,7 +613,7 @@ def test_a_retry_in_another_order_bills_once(meter: Meter) -> None:
         [extraction_tokens],
         [extraction_tokens, learnings_generated],
     ):
-        with SEARCH.run(meter.record, account="acme", run_id="job-1") as run:
+        with SEARCH.run(meter.record, account="acme", idempotency_key="job-1") as run:
             for shape in shapes:
                 run.emit(shape, "hello" if shape is extraction_tokens else 2)  # type: ignore[operator]
     assert sorted(event[:3] for event in events_of(meter)) == [
@@ -631,7 +637,7 @@ def test_an_async_meter_that_was_away_gets_it_once(ledger_url: str, meter: Meter
     async def test() -> None:
         async with AsyncMeter(ledger_url, timeout_s=0.05) as away:
             for _ in range(2):
-                async with SEARCH.run(away.record, account="acme", run_id="job-1") as run:
+                async with SEARCH.run(away.record, account="acme", idempotency_key="job-1") as run:
                     run.emit(learnings_generated, 3)
 
     with meter.ledger.write():

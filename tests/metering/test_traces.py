@@ -470,3 +470,21 @@ def test_anything_is_summed_or_refused(anything: Any) -> None:
 def test_a_flag_names_its_span() -> None:
     lost = span("a", "gone", input=1) | {"trace_id": "t"}
     assert sum_trace_tokens([lost]).flags == (TraceFlag("orphan", "t", "a"),)
+
+
+def test_a_call_above_a_smaller_one_is_flagged_where_it_is_left_out() -> None:
+    spans = [
+        {"span_id": "a", "attributes": {"gen_ai.usage.input_tokens": 5000, "gen_ai.usage.output_tokens": 500}},
+        {"span_id": "b", "parent_span_id": "a", "attributes": {"gen_ai.operation.name": "execute_tool"}},
+        {"span_id": "c", "parent_span_id": "b", "attributes": {"gen_ai.usage.input_tokens": 20}},
+    ]
+    totals = sum_trace_tokens(spans)
+    assert totals.input_tokens == 20
+    assert {flag.kind for flag in totals.flags} == {"unrepeated", "unknown_model"}
+    assert next(flag for flag in totals.flags if flag.kind == "unrepeated").span_id == "a"
+
+
+def test_zeros_of_one_convention_hide_no_counts_of_another() -> None:
+    attributes = {f"llm.token_count.{name}": 0 for name in ("prompt", "completion", "total")}
+    attributes |= {"gen_ai.usage.input_tokens": 10, "gen_ai.usage.output_tokens": 5}
+    assert sum_trace_tokens([{"span_id": "a", "attributes": attributes}]).total_tokens == 15
