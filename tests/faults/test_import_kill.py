@@ -22,7 +22,7 @@ from metering.ledger.schema import account_plans, accounts, event_ids, events, p
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-ROUNDS = int(os.environ.get("TALLYSTICK_FAULT_ROUNDS", "4"))
+ROUNDS = int(os.environ.get("TALLYSTICK_FAULT_ROUNDS", "2"))
 ROWS = 3_000
 DEADLINE_S = 60
 # Small commits make many moments between two of them.

@@ -25,7 +25,7 @@ from tests.servers import PostgresServer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-ROUNDS = int(os.environ.get("TALLYSTICK_FAULT_ROUNDS", "3"))
+ROUNDS = int(os.environ.get("TALLYSTICK_FAULT_ROUNDS", "2"))
 PROCESSES = 4
 THREADS = 4
 ACCOUNTS = [f"account-{number}" for number in range(5)]

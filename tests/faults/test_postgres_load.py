@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     import psycopg
 
-ROUNDS = int(os.environ.get("TALLYSTICK_FAULT_ROUNDS", "3"))
+ROUNDS = int(os.environ.get("TALLYSTICK_FAULT_ROUNDS", "2"))
 SECRET = "tell/no@one"
 COPIED = ", ".join(column.name for column in events.c if column.name not in ("seq", "event_id"))
 chance = random.Random(20231116)

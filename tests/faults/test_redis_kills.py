@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from multiprocessing.context import ForkProcess
     from pathlib import Path
 
-ROUNDS = int(os.environ.get("TALLYSTICK_FAULT_ROUNDS", "8"))
+ROUNDS = int(os.environ.get("TALLYSTICK_FAULT_ROUNDS", "5"))
 VICTIMS = ("app", "drain", "redis", "all")
 THREADS, TASKS = 3, 12
 TIMEOUT_S = 0.25
