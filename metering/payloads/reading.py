@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from metering import checks
 from metering.errors import InvalidUsage
+from metering.events import MAX_NAME
 
 __all__ = ["Part", "data_of", "names_in", "opened", "text_in", "walk"]
 
@@ -101,10 +102,10 @@ def walk(data: Mapping[Any, object], path: tuple[str, ...]) -> Mapping[Any, obje
 
 
 def text_in(data: Mapping[Any, object], *names: str) -> str | None:
-    """The first of these names that holds a text; None where none does."""
+    """The first of these names that holds a text an event could keep; None where none does."""
     for name in names:
         value = data.get(name)
-        if type(value) is str and value:
+        if type(value) is str and 1 <= len(value) <= MAX_NAME and value.isprintable():
             return value
     return None
 

@@ -716,3 +716,10 @@ def test_an_async_hold_and_that_of_a_request_take_it_too(ledger_url: str, clock:
     asyncio.run(settle(AsyncMeter(ledger_url, clock=clock)))
     with Meter(ledger_url, clock=clock) as meter:
         assert billed(meter) == (627, 97, "anthropic", "claude-sonnet-4-20250514", False)
+
+
+@pytest.mark.parametrize("model", ["m" * 300, "a\nb", "", 7])
+def test_a_model_that_no_event_could_keep_is_left_out(model: object) -> None:
+    counts = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
+    reply = reply_of({"model": model, "usage": counts})
+    assert (reply.model, reply.usage.total_tokens) == (None, 3)
