@@ -87,6 +87,7 @@ _SIDES = {
     "cache_read": "input",
     "cache_write": "input",
     "cache_write_1h": "input",
+    "cache_write_5m": "input",
     "input_audio": "input",
     "reasoning": "output",
     "output_audio": "output",
@@ -187,12 +188,21 @@ def _read_langfuse(details: Any) -> _Said:
     is_within = any(_holds_parts(key, value) for key, value in details.items()) or (
         "total" in wholes and wholes["total"] == wholes["input"] + wholes["output"]
     )
+    beside["input"] -= _said_twice(parts)
     if not is_within:
         wholes.update(beside)
-    if "cache_write_1h" in parts:
-        parts["cache_write"] += parts["cache_write_1h"]
     said.counts = {**wholes, **parts}
     return said
+
+
+def _said_twice(parts: Counter[str]) -> int:
+    """Make cache writes one count with one part, and tell how many of them are said as a whole and as parts."""
+    split = parts.pop("cache_write_5m", 0) + parts["cache_write_1h"]
+    if split and "cache_write" in parts:
+        return split
+    if split:
+        parts["cache_write"] = split
+    return 0
 
 
 def _decoded(text: str) -> Any:
@@ -219,9 +229,9 @@ def _holds_parts(key: Any, value: Any) -> bool:
 
 def _part(key: str) -> str | None:
     name = key.lower()
-    if "cache" in name:
-        if "1h" in name:
-            return "cache_write_1h"
+    if "cache" in name or "ephemeral" in name:
+        if "1h" in name or "5m" in name:
+            return "cache_write_1h" if "1h" in name else "cache_write_5m"
         return "cache_write" if "creat" in name or "write" in name else "cache_read"
     if "reasoning" in name or "thought" in name:
         return "reasoning"

@@ -136,15 +136,14 @@ def _read(attributes: Mapping[Any, Any], resource: Mapping[Any, Any], scope: str
 def _of_observation(span: Mapping[Any, Any]) -> dict[str, Any]:
     """What an observation of a Langfuse export says, as the attributes that Langfuse's own SDK would have written."""
     said: dict[str, Any] = {}
-    if span.get("type", "GENERATION") in ("GENERATION", "EMBEDDING"):
-        usage = span.get("usage")
-        if isinstance(span.get("usageDetails"), Mapping):
-            said[LANGFUSE_USAGE] = span["usageDetails"]
-        elif isinstance(usage, Mapping) and usage.get("unit") in (None, "TOKENS"):
-            said[LANGFUSE_USAGE] = {side: usage.get(side) for side in ("input", "output", "total")}
-        elif "promptTokens" in span or "completionTokens" in span:
-            names = {"input": "promptTokens", "output": "completionTokens", "total": "totalTokens"}
-            said[LANGFUSE_USAGE] = {side: span.get(name) for side, name in names.items()}
+    usage = span.get("usage")
+    if isinstance(span.get("usageDetails"), Mapping):
+        said[LANGFUSE_USAGE] = span["usageDetails"]
+    elif isinstance(usage, Mapping) and usage.get("unit") in (None, "TOKENS"):
+        said[LANGFUSE_USAGE] = {side: usage.get(side) for side in ("input", "output", "total")}
+    elif "promptTokens" in span or "completionTokens" in span:
+        names = {"input": "promptTokens", "output": "completionTokens", "total": "totalTokens"}
+        said[LANGFUSE_USAGE] = {side: span.get(name) for side, name in names.items()}
     if LANGFUSE_USAGE in said or "traceId" in span:
         said |= {"langfuse.observation.model.name": span.get("model"), "langfuse.session.id": span.get("sessionId")}
     return {name: value for name, value in said.items() if value is not None}

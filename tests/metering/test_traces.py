@@ -488,3 +488,26 @@ def test_zeros_of_one_convention_hide_no_counts_of_another() -> None:
     attributes = {f"llm.token_count.{name}": 0 for name in ("prompt", "completion", "total")}
     attributes |= {"gen_ai.usage.input_tokens": 10, "gen_ai.usage.output_tokens": 5}
     assert sum_trace_tokens([{"span_id": "a", "attributes": attributes}]).total_tokens == 15
+
+
+@pytest.mark.parametrize(
+    ("buckets", "expected"),
+    [
+        (
+            {"cache_creation_input_tokens": 100, "input_cache_creation_5m": 60, "input_cache_creation_1h": 40},
+            (110, 100, 40),
+        ),
+        ({"input_ephemeral_5m_input_tokens": 60, "input_ephemeral_1h_input_tokens": 40}, (110, 100, 40)),
+        ({"input_cache_creation_5m": 60}, (70, 60, 0)),
+    ],
+    ids=["whole and parts", "parts", "one part"],
+)
+def test_cache_writes_of_langfuse_count_once(buckets: dict[str, int], expected: tuple[int, int, int]) -> None:
+    span = {"id": "a", "traceId": "t", "type": "GENERATION", "usageDetails": {"input": 10, "output": 50, **buckets}}
+    totals = sum_trace_tokens([span])
+    assert (totals.input_tokens, totals.cache_write_tokens, totals.cache_write_1h_tokens) == expected
+
+
+def test_langfuse_observations_of_every_type_may_say_what_they_used() -> None:
+    span = {"id": "a", "traceId": "t", "type": "AGENT", "model": "m", "usageDetails": {"input": 10, "output": 50}}
+    assert sum_trace_tokens([span]).total_tokens == 60
