@@ -133,6 +133,9 @@ def _read(attributes: Mapping[Any, Any], resource: Mapping[Any, Any], scope: str
     )
 
 
+_OF_MODELS = ("GENERATION", "EMBEDDING")
+
+
 def _of_observation(span: Mapping[Any, Any]) -> dict[str, Any]:
     """What an observation of a Langfuse export says, as the attributes that Langfuse's own SDK would have written."""
     said: dict[str, Any] = {}
@@ -144,6 +147,8 @@ def _of_observation(span: Mapping[Any, Any]) -> dict[str, Any]:
     elif "promptTokens" in span or "completionTokens" in span:
         names = {"input": "promptTokens", "output": "completionTokens", "total": "totalTokens"}
         said[LANGFUSE_USAGE] = {side: span.get(name) for side, name in names.items()}
+    if span.get("type", "GENERATION") not in _OF_MODELS and not any(said.get(LANGFUSE_USAGE, {}).values()):
+        said.pop(LANGFUSE_USAGE, None)  # exports say zeros of what has called no model
     if LANGFUSE_USAGE in said or "traceId" in span:
         said |= {"langfuse.observation.model.name": span.get("model"), "langfuse.session.id": span.get("sessionId")}
     return {name: value for name, value in said.items() if value is not None}
