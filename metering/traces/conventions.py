@@ -188,21 +188,21 @@ def _read_langfuse(details: Any) -> _Said:
     is_within = any(_holds_parts(key, value) for key, value in details.items()) or (
         "total" in wholes and wholes["total"] == wholes["input"] + wholes["output"]
     )
-    beside["input"] -= _said_twice(parts)
+    beside.subtract(_said_twice(parts))
     if not is_within:
         wholes.update(beside)
     said.counts = {**wholes, **parts}
     return said
 
 
-def _said_twice(parts: Counter[str]) -> int:
-    """Make cache writes one count with one part, and tell how many of them are said as a whole and as parts."""
+def _said_twice(parts: Counter[str]) -> dict[str, int]:
+    """Make cache writes one count with one part, and tell how much input is said as a whole and as parts."""
     split = parts.pop("cache_write_5m", 0) + parts["cache_write_1h"]
     if split and "cache_write" in parts:
-        return split
+        return {"input": split}
     if split:
         parts["cache_write"] = split
-    return 0
+    return {}
 
 
 def _decoded(text: str) -> Any:
