@@ -110,7 +110,7 @@ async def admit(
     exchange = exchange_of(request)
     meter = exchange.meter
     api_key = _key(request, query_key)
-    idempotency_key = request.headers.get("idempotency-key")
+    idempotency_key = _idempotency_key(request)
     said["operation"] = said.get("operation") or _operation(request)
     body = None if idempotency_key is None and not log_bodies else await _body(request)
     try:
@@ -189,6 +189,13 @@ def _key(request: Request, query_key: str | None) -> str:
     if not key:
         raise problems.Refused(problems.no_key())
     return key
+
+
+def _idempotency_key(request: Request) -> str | None:
+    keys = request.headers.getlist("idempotency-key")
+    if len(keys) > 1:
+        raise problems.Refused(problems.invalid_idempotency_key("sent once"))
+    return keys[0] if keys else None
 
 
 def _operation(request: Request) -> str:

@@ -354,6 +354,9 @@ def test_the_api_key_as_idempotency_key_is_refused_and_not_shown(shop: Shop) -> 
     secret = shop.books.key("open")
     response = shop.post("/plain", secret, key=secret)
     problem(response, 400, "invalid-idempotency-key")
+    secret = shop.books.key("open")
+    twice = [("authorization", f"Bearer {secret}"), ("idempotency-key", "a"), ("idempotency-key", "b")]
+    problem(shop.client.post("/plain", headers=twice), 400, "invalid-idempotency-key")
     assert secret not in response.text
 
 
