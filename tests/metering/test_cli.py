@@ -18,6 +18,8 @@ from metering.ledger.schema import counters
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from tests.servers import PostgresServer
+
 PLANS = """
 [plans.team]
 retention_days = 30
@@ -64,6 +66,18 @@ def test_migrate_makes_no_ledger_where_there_is_none(command: Callable[..., Any]
     monkeypatch.setenv("METERING_HOME", "elsewhere")
     assert command("migrate").status == 1
     assert not Path("elsewhere").exists()
+
+
+def test_migrate_writes_the_plans_of_a_new_ledger_on_a_server(
+    command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, postgres: PostgresServer
+) -> None:
+    url = postgres.database()
+    monkeypatch.setenv("METERING_LEDGER_URL", url)
+    Path("plans.toml").write_text(PLANS)
+    assert command("doctor").status == 1
+    assert command("migrate").status == 0
+    assert command("accounts", "create", "acme", "--plan", "team").status == 0
+    postgres.drop(url)
 
 
 def test_plans_are_applied_once_and_listed(tallystick: Any) -> None:

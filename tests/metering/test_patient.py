@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -304,3 +305,12 @@ def test_what_the_store_has_said_last_counts_while_it_is_away(meter: Meter, secr
         meter.consume(secret, line="a", usage=USAGE)
     with locked(meter.ledger.path), pytest.raises(StoreUnavailable):
         meter.consume(secret, line="a", usage=USAGE)
+
+
+def test_a_flush_waits_for_another_that_has_the_files(meter: Meter, secret: str) -> None:
+    meter.consume(secret, line="a", usage=USAGE)
+    with locked(meter.ledger.path):
+        meter.consume(secret, line="a", usage=USAGE)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: meter.flush(), range(4)))
+    assert billed(meter) == (2, 6), "each flush waits for the one before it"
