@@ -56,7 +56,7 @@ def token_tables(*, rounds: int, turn_s: float) -> Iterator[Table]:
                     turn=partial(turn, partial(exceeds, text, LIMIT_TOKENS, encoding=encoding)),
                 ),
             ]
-            targets = [Target(name="count_tokens", beside="tiktoken", least=0.9)]
+            targets = [Target(name="count_tokens", beside="tiktoken", least=0.95)]
             title = f"{encoding}, {kind}: {len(text.encode()) / 1e3:.0f} KB a call"
             yield compare(title, contenders, targets, rounds=rounds, turn_s=turn_s)
 

@@ -181,12 +181,13 @@ class PatientStore:
         left: list[Line] = []
         away: set[object] = set()
         for line in lines:
-            kept = _settles.decode(line.payload)
-            place = self._store.place_of(kept.settlement.hold.account)
-            if place in away:
-                left.append(line)
-                continue
+            place: object = None
             try:
+                kept = _settles.decode(line.payload)
+                place = self._store.place_of(kept.settlement.hold.account)
+                if place in away:
+                    left.append(line)
+                    continue
                 if kept.undo is not None:
                     self._store.cancel(kept.undo)
                 self._settle_now(kept.settlement)
@@ -209,23 +210,25 @@ class PatientStore:
             self._store.settle(replace(settlement, estimated=True))
 
     def _deliver_signals(self, lines: list[Line]) -> list[Line]:
-        signals = [_signals.decode(line.payload) for line in lines]
         try:
-            self._store.append(signals)
+            self._store.append([_signals.decode(line.payload) for line in lines])
         except StoreUnavailable:
             return lines
-        except MeteringError:
+        except (MeteringError, msgspec.MsgspecError):
             # All or none: one that cannot be kept must not keep the others out.
-            return [line for line, signal in zip(lines, signals, strict=True) if not self._is_done(signal)]
+            return [line for line in lines if not self._is_done(line)]
         return []
 
-    def _is_done(self, signal: UsageEvent) -> bool:
+    def _is_done(self, line: Line) -> bool:
         try:
-            self._store.append([signal])
+            self._store.append([_signals.decode(line.payload)])
         except StoreUnavailable:
             return False
+        except msgspec.MsgspecError:
+            logger.exception("signal %s cannot be read; it stays in the spool", line.event_id)
+            return False
         except MeteringError:
-            logger.exception("a signal of account %r on line %r was dropped", signal.account, signal.line)
+            logger.exception("signal %s was dropped", line.event_id)
         return True
 
 

@@ -19,7 +19,7 @@ from metering.aio import AsyncMeter
 from metering.billing.pricing import Rate
 from metering.drain import Drain
 from metering.errors import InvalidPlan, RevokedKey, SettleConflict, StoreUnavailable
-from metering.events import TokenUsage
+from metering.events import TokenUsage, new_event_id
 from metering.meter import Meter
 from metering.plans import Limit, Plan
 from tests.servers import PostgresServer, RedisServer
@@ -314,3 +314,15 @@ def test_a_flush_waits_for_another_that_has_the_files(meter: Meter, secret: str)
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(lambda _: meter.flush(), range(4)))
     assert billed(meter) == (2, 6), "each flush waits for the one before it"
+
+
+@pytest.mark.parametrize("kind", ["settle", "signal"])
+def test_a_line_that_cannot_be_read_stays_and_keeps_no_other(meter: Meter, secret: str, kind: str) -> None:
+    hold = meter.reserve(secret, line="a", estimate=USAGE)
+    with locked(meter.ledger.path):
+        meter._courier.keep(kind, new_event_id(), b"\xc1")
+        assert hold.settle(USAGE).pending
+        assert meter.record(account="acme", line="b", quantity=1)
+    with pytest.raises(StoreUnavailable, match="1 lines go on waiting"):
+        meter.flush()
+    assert billed(meter) == (2, 3)

@@ -89,14 +89,17 @@ class Later:
         left: list[Line] = []
         away: set[int] = set()
         for line in lines:
-            undo = msgspec.msgpack.decode(line.payload)
-            shard = shard_of(undo["account"])
+            shard = -1
             try:
+                undo = msgspec.msgpack.decode(line.payload)
+                shard = shard_of(undo["account"])
                 if shard not in away:
                     self.cancel(undo)
                     continue
             except (InvalidSetting, StoreUnavailable):
                 away.add(shard)
+            except Exception:
+                logger.exception("call %s could not be undone; it stays in the spool", line.event_id)
             left.append(line)
         return left
 
