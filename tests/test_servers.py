@@ -18,9 +18,8 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from tests import servers
 from tests.proxy import Proxy, certificate
-from tests.servers import DEADLINE_S, HOST, SLOTS, PostgresServer, RedisCluster, RedisServer, flavours, wait_until
+from tests.servers import DEADLINE_S, HOST, SLOTS, PostgresServer, RedisCluster, RedisServer, base, flavours, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -128,8 +127,8 @@ def test_a_server_that_does_not_start_says_why() -> None:
 
 
 def test_a_taken_port_is_left_to_its_owner(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    ports = iter([server.port, servers.free_port()])
-    monkeypatch.setattr(servers, "free_port", lambda: next(ports))
+    ports = iter([server.port, base.free_port()])
+    monkeypatch.setattr(base, "free_port", lambda: next(ports))
     with RedisServer() as other:
         assert other.port != server.port
         assert "already in use" not in other.log

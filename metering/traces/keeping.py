@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,8 @@ MAX_SPANS = 10_000
 """Spans in one transaction at the most."""
 
 _SQL = statements("metering.traces")
+logger = logging.getLogger("metering")
+
 _decoder = msgspec.msgpack.Decoder(TracedSpan)
 
 
@@ -102,13 +105,19 @@ class TraceStore:
             self._courier.keep("span", named, msgspec.msgpack.encode(span), durable=left == len(spans) - 1)
 
     def _deliver(self, lines: list[Line]) -> list[Line]:
+        spans, unread = [], []
+        for line in lines:
+            try:
+                spans.append(_decoder.decode(line.payload))
+            except msgspec.MsgspecError:
+                logger.exception("span of line %s cannot be read; it stays in the spool", line.event_id)
+                unread.append(line)
         try:
-            for start in range(0, len(lines), MAX_SPANS):
-                some = lines[start : start + MAX_SPANS]
-                self._ledger.writer.run(self.work([_decoder.decode(line.payload) for line in some]))
+            for start in range(0, len(spans), MAX_SPANS):
+                self._ledger.writer.run(self.work(spans[start : start + MAX_SPANS]))
         except StoreUnavailable:
             return lines
-        return []
+        return unread
 
 
 def _keep(cursor: Cursor, spans: Sequence[TracedSpan], now: datetime) -> KeptSpans:
