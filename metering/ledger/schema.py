@@ -39,11 +39,17 @@ __all__ = [
     "metadata_on_postgres",
     "outbox",
     "plan_versions",
+    "provider_pulls",
+    "provider_usage",
     "rate_counters",
+    "reconciliations",
+    "recosts",
+    "replaced_costs",
     "replays",
     "request_log",
     "shards",
     "spans",
+    "verdicts",
 ]
 
 metadata = MetaData(
@@ -159,6 +165,13 @@ events = Table(
     Column("source", NAME),
     Column("reason", Text),
     Index(None, "account", "occurred_at"),
+    Index(
+        "ix_events_run",
+        "account",
+        "run_id",
+        sqlite_where=text("run_id IS NOT NULL"),
+        postgresql_where=text("run_id IS NOT NULL"),
+    ),
     # Without AUTOINCREMENT a deleted top id is used again, below the watermark of the load.
     sqlite_autoincrement=True,
 )
@@ -187,6 +200,30 @@ event_costs = Table(
     Column("costed_at", UtcDateTime, nullable=False),
 )
 """What the provider charges for an event, in USD; `cost` is NULL where no price is known."""
+
+recosts = Table(
+    "recosts",
+    metadata,
+    Column("recost", Integer, primary_key=True),
+    Column("made_at", UtcDateTime, nullable=False),
+    Column("actor", NAME, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("period", PERIOD, nullable=False),
+    Column("price_version", String(64), nullable=False),
+)
+"""Each act of costing a period's events anew, by other prices than they were costed with."""
+
+replaced_costs = Table(
+    "replaced_costs",
+    metadata,
+    Column("recost", Integer, ForeignKey("recosts.recost"), primary_key=True),
+    Column("seq", BigInteger, primary_key=True),
+    Column("cost", ExactDecimal),
+    Column("price_version", String(64), nullable=False),
+    Column("costed_at", UtcDateTime, nullable=False),
+    sqlite_with_rowid=False,
+)
+"""The row of `event_costs` that a recost replaced."""
 
 counters = Table(
     "counters",
@@ -382,6 +419,79 @@ spans = Table(
 
 `convention` is NULL where a span says nothing of tokens; `flags` is what is odd about what it says, with commas.
 """
+
+reconciliations = Table(
+    "reconciliations",
+    metadata,
+    Column("reconciliation", Integer, primary_key=True),
+    Column("period", PERIOD, nullable=False),
+    Column("made_at", UtcDateTime, nullable=False),
+    Column("events_to", BigInteger, nullable=False),
+    Column("spans_to", BigInteger, nullable=False),
+    Column("tolerance_tokens", Integer, nullable=False),
+    Column("tolerance_percent", ExactDecimal, nullable=False),
+    Column("runs", Text, nullable=False),
+)
+"""Each comparison of a period's billed runs with the traced ones: of what was loaded up to two watermarks.
+
+`runs` is how many runs got which verdict, as JSON; those that agree have no row in `verdicts`.
+"""
+
+verdicts = Table(
+    "verdicts",
+    metadata,
+    Column("reconciliation", Integer, ForeignKey("reconciliations.reconciliation"), primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("account", NAME),
+    Column("run_id", NAME, nullable=False),
+    Column("verdict", String(16), nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("state", String(32), nullable=False),
+    Column("amount", ExactDecimal),
+    Column("currency", String(3)),
+    Column("cost", ExactDecimal),
+    Column("evidence", Text, nullable=False),
+    Column("corrections", Text, nullable=False),
+    Column("applied_at", UtcDateTime),
+    Column("applied_by", NAME),
+    Index(None, "account", "run_id"),
+    sqlite_with_rowid=False,
+)
+"""Runs that do not agree. `state` is a digest of what was billed for the run when it was judged, `evidence` what was
+compared and `corrections` what is proposed, both as JSON; `amount` and `cost` are the money at stake.
+"""
+
+provider_usage = Table(
+    "provider_usage",
+    metadata,
+    Column("provider", NAME, primary_key=True),
+    Column("organization", NAME, primary_key=True),
+    Column("report", String(16), primary_key=True),
+    Column("day", String(10), primary_key=True),
+    Column("dimensions", String(1000), primary_key=True),
+    Column("model", NAME),
+    Column("requests", BigInteger),
+    *(Column(name, BigInteger) for name in TOKEN_FIELDS),
+    Column("cost", ExactDecimal),
+    sqlite_with_rowid=False,
+)
+"""What a provider reports of one UTC day: a row for each combination of what it is grouped by, `dimensions` as JSON.
+
+`report` is `usage` or `cost`; `cost` is in USD. NULL is what the provider does not say.
+"""
+
+provider_pulls = Table(
+    "provider_pulls",
+    metadata,
+    Column("provider", NAME, primary_key=True),
+    Column("organization", NAME, primary_key=True),
+    Column("report", String(16), primary_key=True),
+    Column("day", String(10), primary_key=True),
+    Column("pulled_at", UtcDateTime, nullable=False),
+    Column("provisional", Boolean, nullable=False),
+    sqlite_with_rowid=False,
+)
+"""Which UTC days of a provider's report are in `provider_usage`, each whole; a provisional one may still change."""
 
 
 def metadata_on_postgres() -> MetaData:

@@ -44,7 +44,7 @@ def test_the_first_day(command: Callable[..., Any]) -> None:
     )
     assert command("init").out == "ledger .tallystick/ledger.db is there already\n"
     assert command("doctor").status == 0
-    assert command("migrate").out == "ledger .tallystick/ledger.db is at schema 0004\n"
+    assert command("migrate").out == "ledger .tallystick/ledger.db is at schema 0005\n"
 
 
 def test_init_takes_the_plans_of_the_file(command: Callable[..., Any]) -> None:
