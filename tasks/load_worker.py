@@ -29,11 +29,16 @@ if TYPE_CHECKING:
 
     Ask = Callable[..., list[tuple[Any, ...]]]
 
-EVENTS_PER_TRANSACTION = 100_000
+ROWS_PER_TRANSACTION = 100_000
 """Keeps a load of any length at about 300 MB."""
 
 MARKED = {"sqlite": "seq", "postgres": "commit_xid"}
-"""The column of `events` that the watermark is on: nothing is committed any more at or below the end of a load."""
+"""The column that a watermark is on: nothing is committed any more at or below the end of a load."""
+
+_END_OF_SPANS = {
+    "sqlite": "SELECT coalesce(max(seq), 0) FROM spans",
+    "postgres": "SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint - 1",
+}
 
 _RENUMBER = "UPDATE events SET commit_xid = CASE WHEN seq IN (SELECT seq FROM event_costs) THEN 1 ELSE 2 END"
 
@@ -66,14 +71,14 @@ def _attached_ledger(connection: duckdb.DuckDBPyConnection, ledger: Mapping[str,
 
 
 def load(ledger: Mapping[str, str], warehouse: Path) -> dict[str, int]:
-    """Add every costed event that is not in the warehouse yet, and its sums; each batch in one transaction."""
+    """Add every costed event that is not in the warehouse yet, its sums, and every span; a transaction a batch."""
     loaded = 0
     with open_for_writing(warehouse) as connection, _attached_ledger(connection, ledger) as ask:
         watermark = _watermark(connection, ask)
         # Read before the rows are: what has not ended by now may still write below what has.
         end, is_ahead = map(int, ask(sql(f"load_end_{ledger['type']}"), watermark=watermark)[0])
         _check_history(connection, ask, watermark, end, is_ahead=bool(is_ahead))
-        while (up_to := _end_of_batch(ask, watermark, end)) is not None:
+        while (up_to := _end_of_batch(ask, "events", watermark, end)) is not None:
             connection.execute("CREATE OR REPLACE TEMP TABLE batch AS FROM usage_events LIMIT 0")
             ((count,),) = ask(sql("load_events"), "INSERT INTO batch", above=watermark, up_to=up_to)
             connection.execute("BEGIN")
@@ -83,7 +88,27 @@ def load(ledger: Mapping[str, str], warehouse: Path) -> dict[str, int]:
             connection.execute("COMMIT")
             loaded += count
             watermark = up_to
-    return {"loaded": loaded, "watermark": watermark}
+        return {"loaded": loaded, "watermark": watermark, "spans": _load_spans(connection, ask, ledger["type"])}
+
+
+def _load_spans(connection: duckdb.DuckDBPyConnection, ask: Ask, kind: str) -> int:
+    """How many spans were added."""
+    loaded = 0
+    row = connection.execute("SELECT seq FROM span_watermark").fetchone()
+    if row is None:
+        connection.execute("INSERT INTO span_watermark VALUES (0)")
+    watermark = 0 if row is None else int(row[0])
+    ((end,),) = ask(_END_OF_SPANS[kind])
+    while (up_to := _end_of_batch(ask, "spans", watermark, int(end))) is not None:
+        connection.execute("CREATE OR REPLACE TEMP TABLE batch AS FROM spans LIMIT 0")
+        ((count,),) = ask(sql("load_spans"), "INSERT INTO batch", above=watermark, up_to=up_to)
+        connection.execute("BEGIN")
+        connection.execute("INSERT INTO spans FROM batch")
+        connection.execute(f"UPDATE span_watermark SET seq = {up_to}")  # noqa: S608  a number
+        connection.execute("COMMIT")
+        loaded += count
+        watermark = up_to
+    return loaded
 
 
 def _watermark(connection: duckdb.DuckDBPyConnection, ask: Ask) -> int:
@@ -132,14 +157,15 @@ def _check_history(
         )
 
 
-def _end_of_batch(ask: Ask, watermark: int, end: int) -> int | None:
+def _end_of_batch(ask: Ask, table: str, watermark: int, end: int) -> int | None:
     """Where the next batch ends: with the last event of a transaction, so what has one number is in one batch."""
     ((up_to,),) = ask(
-        "SELECT max({marked}) FROM (SELECT {marked} FROM events WHERE {marked} > {watermark} AND {marked} <= {end} "
+        "SELECT max({marked}) FROM (SELECT {marked} FROM {table} WHERE {marked} > {watermark} AND {marked} <= {end} "
         "ORDER BY {marked} LIMIT {limit}) AS batch",
+        table=table,
         watermark=watermark,
         end=end,
-        limit=EVENTS_PER_TRANSACTION,
+        limit=ROWS_PER_TRANSACTION,
     )
     return None if up_to is None else int(up_to)
 

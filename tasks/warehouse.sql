@@ -71,3 +71,30 @@ CREATE TABLE IF NOT EXISTS usage_15m (
     cost DECIMAL(38, 12) NOT NULL,
     unpriced_requests BIGINT NOT NULL
 );
+
+-- seq: of the newest span loaded, as load_watermark has it of events. One row.
+CREATE TABLE IF NOT EXISTS span_watermark (
+    seq BIGINT NOT NULL
+);
+
+-- started_at and ended_at: when it was recorded, where a span does not say.
+CREATE TABLE IF NOT EXISTS spans (
+    seq BIGINT NOT NULL,
+    trace_id VARCHAR NOT NULL,
+    span_id VARCHAR NOT NULL,
+    parent_span_id VARCHAR,
+    run_id VARCHAR NOT NULL,
+    account VARCHAR,
+    input_tokens BIGINT NOT NULL,
+    cache_read_tokens BIGINT NOT NULL,
+    cache_write_tokens BIGINT NOT NULL,
+    cache_write_1h_tokens BIGINT NOT NULL,
+    input_audio_tokens BIGINT NOT NULL,
+    output_tokens BIGINT NOT NULL,
+    reasoning_tokens BIGINT NOT NULL,
+    output_audio_tokens BIGINT NOT NULL,
+    provider VARCHAR,
+    model VARCHAR,
+    started_at TIMESTAMPTZ NOT NULL,
+    ended_at TIMESTAMPTZ NOT NULL
+);

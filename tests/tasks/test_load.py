@@ -55,6 +55,11 @@ def run_worker(place: Place, script: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def span(number: int) -> dict[str, Any]:
+    said = {"gen_ai.usage.input_tokens": number, "gen_ai.usage.output_tokens": 1, "gen_ai.request.model": "gpt-4.1"}
+    return {"trace_id": "t", "span_id": f"s{number}", "parent_span_id": f"s{number // 2}", "attributes": said}
+
+
 def events_loaded(place: Place) -> list[int]:
     return [seq for (seq,) in place.warehouse_rows("SELECT seq FROM usage_events ORDER BY seq")]
 
@@ -66,12 +71,12 @@ def watermark(place: Place) -> int:
 def test_the_watermark_moves_with_the_rows(place: Place) -> None:
     place.account("acme")
     place.add(event(), event())
-    assert place.aggregate() == {"loaded": 2, "watermark": (before := place.newest())}
+    assert place.aggregate() == {"loaded": 2, "watermark": (before := place.newest()), "spans": 0}
     place.add(event())
-    assert place.load() == {"loaded": 0, "watermark": before}  # not costed yet
-    assert place.aggregate() == {"loaded": 1, "watermark": (after := place.newest())}
+    assert place.load() == {"loaded": 0, "watermark": before, "spans": 0}  # not costed yet
+    assert place.aggregate() == {"loaded": 1, "watermark": (after := place.newest()), "spans": 0}
     assert after > before
-    assert place.aggregate() == {"loaded": 0, "watermark": after}
+    assert place.aggregate() == {"loaded": 0, "watermark": after, "spans": 0}
     assert events_loaded(place) == [1, 2, 3]
     assert place.warehouse_rows(f"SELECT {SUMS} FROM usage_15m") == [(3, 3_000, 300, Decimal(0), Decimal("0.0084"), 0)]
 
@@ -98,9 +103,29 @@ def as_recorded(column: str) -> str:
     """SQL for a warehouse column in the form the ledger keeps it."""
     if column in ("event_id", "corrects"):
         return f"replace({column}::VARCHAR, '-', '')"
-    if column in ("occurred_at", "recorded_at"):
+    if column.endswith("_at"):
         return f"strftime({column}, '%Y-%m-%dT%H:%M:%S.%fZ')"
     return column
+
+
+def test_every_span_is_loaded_once_in_batches_of_any_size(place: Place) -> None:
+    place.account("acme")
+    with place.meter() as meter:
+        for number in range(1, 31):
+            meter.record_span(span(number))
+    assert place.load()["spans"] == 30
+    with place.meter() as meter:
+        meter.record_span({**span(31), "start_time": "2023-11-16T18:00:00Z"})
+    assert [place.load()["spans"] for _ in range(2)] == [1, 0]
+    columns = [name for (name,) in place.warehouse_rows("SELECT column_name FROM (DESCRIBE spans)")]
+    query = f"SELECT {', '.join(columns[:-2])} FROM spans ORDER BY seq"
+    recorded = place.ledger_rows(query)
+    assert place.warehouse_rows(query) == recorded
+    times = f"SELECT {as_recorded('started_at')}, {as_recorded('ended_at')} FROM spans ORDER BY seq DESC LIMIT 2"
+    assert place.warehouse_rows(times) == [("2023-11-16T18:00:00.000000Z",) * 2, ("2023-11-16T18:17:00.000000Z",) * 2]
+    place.warehouse.unlink()
+    assert run_worker(place, "w.ROWS_PER_TRANSACTION = 7").returncode == 0
+    assert place.warehouse_rows(query) == recorded
 
 
 def test_batches_of_any_size_give_the_same_sums(place: Place) -> None:
@@ -108,7 +133,7 @@ def test_batches_of_any_size_give_the_same_sums(place: Place) -> None:
     place.cost()
     for size in (1_000_000, 7):
         place.warehouse.unlink(missing_ok=True)
-        assert run_worker(place, f"w.EVENTS_PER_TRANSACTION = {size}").returncode == 0
+        assert run_worker(place, f"w.ROWS_PER_TRANSACTION = {size}").returncode == 0
         assert watermark(place) == place.newest()
         assert events_loaded(place) == list(range(1, 101))
         assert place.warehouse_rows(ROLLUP) == place.warehouse_rows(FROM_EVENTS)
@@ -123,7 +148,7 @@ def test_a_kill_between_insert_and_commit_leaves_nothing_of_the_batch(place: Pla
     # The second batch dies with its rows and its watermark written, but not committed.
     script = """
 import os
-w.EVENTS_PER_TRANSACTION = 10
+w.ROWS_PER_TRANSACTION = 10
 session = w.open_for_writing
 class Dying:
     def __init__(self, connection): self.connection, self.batches = connection, 0
@@ -141,7 +166,7 @@ w.open_for_writing = dying
 """
     assert run_worker(place, script).returncode == 9
     assert events_loaded(place) == list(range(1, 11))
-    assert place.load() == {"loaded": 20, "watermark": place.newest()}
+    assert place.load() == {"loaded": 20, "watermark": place.newest(), "spans": 0}
     assert place.warehouse_rows(ROLLUP) == place.warehouse_rows(FROM_EVENTS)
 
 
@@ -163,7 +188,7 @@ w._attached_ledger = dying
     assert place.warehouse.with_name("warehouse.duckdb.wal").exists()
     assert place.invoice() is not None  # a reader finds what the log holds
     assert sum(invoice.requests for invoice in place.invoices().values()) == 20
-    assert place.load() == {"loaded": 0, "watermark": place.newest()}
+    assert place.load() == {"loaded": 0, "watermark": place.newest(), "spans": 0}
     assert events_loaded(place) == list(range(1, 21))
 
 
@@ -181,10 +206,12 @@ def test_a_worker_keeps_the_lease_of_a_parent_that_is_gone(place: Place, monkeyp
     # An interpreter that answers at once, and leaves behind a process that ends when the pipe does.
     pipe, interpreter = place.home / "pipe", place.home / "python"
     os.mkfifo(pipe)
-    interpreter.write_text(f"""#!/bin/sh\ncat '{pipe}' >/dev/null 2>&1 &\necho '{{"loaded": 0, "watermark": 0}}'\n""")
+    interpreter.write_text(
+        f"""#!/bin/sh\ncat '{pipe}' >/dev/null 2>&1 &\necho '{{"loaded": 0, "watermark": 0, "spans": 0}}'\n"""
+    )
     interpreter.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(interpreter))
-    assert place.load() == {"loaded": 0, "watermark": 0}
+    assert place.load() == {"loaded": 0, "watermark": 0, "spans": 0}
     with place.warehouse.with_name("warehouse.duckdb.lease").open() as file, pytest.raises(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     pipe.write_bytes(b"")
@@ -237,7 +264,7 @@ def test_a_number_is_not_used_again_below_the_watermark(place: Place) -> None:
     place.change("DELETE FROM events WHERE seq = 2")
     place.add(event())
     assert place.ledger_rows("SELECT max(seq) FROM events") == [(3,)]
-    assert place.aggregate() == {"loaded": 1, "watermark": place.newest()}
+    assert place.aggregate() == {"loaded": 1, "watermark": place.newest(), "spans": 0}
 
 
 def test_corrections_flow_through(place: Place) -> None:
