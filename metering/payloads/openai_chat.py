@@ -87,7 +87,12 @@ def _by_mark(part: Part) -> str | None:
     return "x-ai" if part.has_any("cached_prompt_text_tokens", "num_sources_used", "cost_in_usd_ticks") else None
 
 
-_MARKS = {"prompt_filter_results": "azure", "x_groq": "groq", "time_info": "cerebras"}
+_MARKS = {
+    "prompt_filter_results": "azure",
+    "content_filters": "azure",  # what Responses call it there
+    "x_groq": "groq",
+    "time_info": "cerebras",
+}
 
 
 def _provider_of(answer: Mapping[Any, object], part: Part) -> str | None:

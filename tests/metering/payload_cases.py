@@ -1,6 +1,8 @@
-"""Answers as providers document them, in payloads/*.json.
+"""Answers of providers, in payloads/*.json: `recorded` from their APIs, the others as they document them.
 
-Each names the public document of its shape; counts are that document's, unless `numbers_are_ours`.
+A recorded one names the public file, at a commit, that keeps it. Texts are cut, and so is what tells nothing of usage,
+whole chunks too; the usage is as it came, with its nulls and zeros. A documented one names the document of its shape;
+counts are that document's, unless `numbers_are_ours`.
 The makers give the same data as the objects that SDKs return.
 """
 

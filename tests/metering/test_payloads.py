@@ -1,10 +1,11 @@
-"""An answer as its provider documents it is read so; what cannot be read is refused."""
+"""An answer, recorded or as its provider documents it, is read as it is meant; what cannot be read is refused."""
 
 from __future__ import annotations
 
 import copy
 import enum
 import json
+import re
 from decimal import Decimal
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -70,6 +71,20 @@ def test_every_provider_has_a_stream_and_every_rule_a_case() -> None:
     assert all(case["source"].startswith("http") for case in CASES.values())
     read = [rule for rule in RULES for case in WHOLE.values() if rule.reads(part_of(case["payload"]))]
     assert set(read) == set(RULES)
+
+
+def test_every_provider_has_a_recorded_answer_and_a_recorded_stream() -> None:
+    for cases in (WHOLE, STREAMS):
+        assert {name.split(":")[0] for name, case in cases.items() if case.get("recorded")} == PROVIDERS
+    recorded = [case for case in CASES.values() if case.get("recorded")]
+    assert all(re.search("/blob/[0-9a-f]{40}/", case["source"]) for case in recorded)
+    assert not any(case.get("numbers_are_ours") for case in recorded)
+
+
+PROVIDERS = {
+    "anthropic", "azure", "bedrock", "cohere", "deepseek", "gemini", "groq", "mistral", "ollama", "openai",
+    "openrouter", "others", "vertex", "xai",
+}  # fmt: skip
 
 
 def part_of(payload: dict[str, Any]) -> Any:
@@ -324,7 +339,7 @@ def test_a_null_later_in_a_stream_takes_nothing_back() -> None:
 
 
 def test_a_stream_of_bedrock_holds_json_as_bytes() -> None:
-    case = STREAMS["bedrock: Anthropic by InvokeModelWithResponseStream, decoded"]
+    case = STREAMS["bedrock: recorded: Anthropic by InvokeModelWithResponseStream, decoded"]
     events = [{"chunk": {"bytes": json.dumps(event).encode()}} for event in case["stream"]]
     assert usage_of_stream(events) == TokenUsage(**case["usage"])
     with pytest.raises(InvalidUsage, match="DecodeError"):
