@@ -8,20 +8,25 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from metering.admission.counters import CounterBook, units_of
+from metering.admission.directory import Directory
+from metering.admission.rows import event_row
 from metering.admission.statements import statements
+from metering.billing.reconciliation import state_of
 from metering.errors import CorrectionConflict, UnknownEvent
-from metering.events import TOKEN_FIELDS, TokenUsage, derive_event_id
+from metering.events import TOKEN_FIELDS, Call, TokenUsage, derive_event_id
 from metering.ledger import outbox
 from metering.ledger.types import decimal_text, instant_text, parse_instant
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from datetime import datetime
 
+    from metering.billing import reconciliation
     from metering.ledger import Ledger
     from metering.ledger.transactions import Cursor
+    from metering.ledger.verdicts import RunVerdict
 
-__all__ = ["Correction", "correct", "correcting_ids", "find_event", "reversal_row"]
+__all__ = ["Correction", "apply_verdict", "correct", "correcting_ids", "find_event", "reversal_row", "standing"]
 
 _SQL = statements()
 
@@ -94,6 +99,97 @@ def _book(
         _move_counters(cursor, current, changed)
         outbox.note(cursor, current["account"], recount=True, now=now)
     return Correction(original=original, reversal=reversal, replacement=replacement), bool(current["counted"])
+
+
+def apply_verdict(ledger: Ledger, verdict: RunVerdict, *, reconciliation: int, actor: str, now: datetime) -> bool:
+    """Book what is proposed for a run, all of it in one transaction; False where it was booked before.
+
+    Another reconciliation may have proposed the same: ids derive from what was billed then, so it is booked once.
+    Raises `CorrectionConflict`, with nothing booked, where something else is billed for the run since it was judged, or
+    where the proposal says too little.
+    """
+    return ledger.writer.run(lambda cursor: _apply(cursor, verdict, reconciliation, actor, now))
+
+
+def _apply(cursor: Cursor, verdict: RunVerdict, number: int, actor: str, now: datetime) -> bool:
+    what = f"run {verdict.run_id!r} of account {verdict.account!r}"
+    if verdict.account is None or not verdict.corrections:
+        raise CorrectionConflict(f"{what}: nothing is proposed that could be booked ({verdict.reason})")
+    if any(step.action == "add" and step.line is None for step in verdict.corrections):
+        raise CorrectionConflict(f"{what}: it is not known which line it is sold on: use Meter.record, with its run_id")
+    wanted = [_outcome(verdict, step) for step in verdict.corrections if step.action != "accept"]
+    is_as_judged = state_of(standing(_run_events(cursor, verdict.account, verdict.run_id))) == verdict.state
+    if not is_as_judged and not (wanted and all(find_event(cursor, event_id) is not None for event_id in wanted)):
+        raise CorrectionConflict(f"{what}: what is billed for it has changed since it was judged; reconcile again")
+    if is_as_judged:
+        reason = f"reconciliation {number}: {verdict.verdict}"
+        for step in verdict.corrections:
+            if step.event_id is not None:
+                _replace(cursor, step, reason, now)
+            elif step.action == "add":
+                _add(cursor, verdict, step, reason, now)
+    mark = {"reconciliation": number, "number": verdict.number, "applied_at": instant_text(now), "applied_by": actor}
+    cursor.execute(_SQL["mark_applied"], mark)
+    return is_as_judged
+
+
+def _run_events(cursor: Cursor, account: str, run_id: str) -> list[tuple[UUID, int]]:
+    rows = cursor.execute(_SQL["find_run_events"], {"account": account, "run_id": run_id}).fetchall()
+    # A signal without a model counts a text, and is no call of a model.
+    texts = {event_id for event_id, kind, *_, model in rows if kind == "signal" and model is None}
+    return [
+        (UUID(event_id), requests)
+        for event_id, _, corrects, requests, model in rows
+        if model is not None or not texts & {event_id, corrects}
+    ]
+
+
+def standing(events: Iterable[tuple[UUID, int]]) -> set[UUID]:
+    """Of events and reversals (whose requests are negative), by id: the events that no reversal took back."""
+    ids = dict(events)
+    return {event_id for event_id, requests in ids.items() if requests > 0 and correcting_ids(event_id)[0] not in ids}
+
+
+def _outcome(verdict: RunVerdict, step: reconciliation.Correction) -> UUID:
+    """The id of the event that a step books."""
+    if step.event_id is not None:
+        return correcting_ids(step.event_id)[1]
+    return derive_event_id("reconciled", verdict.account or "", verdict.run_id, step.model or "", verdict.state)
+
+
+def _replace(cursor: Cursor, step: reconciliation.Correction, reason: str, now: datetime) -> None:
+    assert step.event_id is not None
+    wanted: dict[str, Any] = dict(step.usage.to_dict())
+    if step.action == "take_back":
+        wanted["billable"] = False
+    else:
+        wanted |= {name: value for name, value in (("model", step.model), ("provider", step.provider)) if value}
+    _book(cursor, step.event_id, wanted, reason, now)
+
+
+def _add(cursor: Cursor, verdict: RunVerdict, step: reconciliation.Correction, reason: str, now: datetime) -> None:
+    assert verdict.account is not None
+    assert step.line is not None
+    assert step.occurred_at is not None
+    placed = Directory().place(cursor, verdict.account, step.occurred_at)
+    row = event_row(
+        Call(line=step.line, provider=step.provider, model=step.model, run_id=verdict.run_id),
+        event_id=_outcome(verdict, step),
+        account=verdict.account,
+        key_id=None,
+        plan_version=placed.plan_version,
+        period=placed.label,
+        occurred_at=step.occurred_at,
+        recorded_at=now,
+        usage=step.usage,
+        quantity=None,
+        kind="correction",
+        late=True,
+        source="reconciliation",
+    )
+    row["reason"] = reason
+    cursor.execute(_SQL["insert_event_id"], row)
+    cursor.execute(_SQL["insert_event"], row)
 
 
 _CORRECTABLE = (*TOKEN_FIELDS, "quantity", "model", "provider", "billable")

@@ -13,6 +13,7 @@ MeteringError
 │   ├── UnknownPlan
 │   ├── UnknownKey
 │   ├── UnknownEvent
+│   ├── UnknownReconciliation
 │   └── UnknownEncoding     no tokenizer for a model, or no table of it on this machine
 ├── Conflict
 │   ├── AccountConflict     the account exists and differs from what was asked
@@ -61,6 +62,7 @@ __all__ = [
     "UnknownEvent",
     "UnknownKey",
     "UnknownPlan",
+    "UnknownReconciliation",
     "UnpricedUsage",
 ]
 
@@ -158,6 +160,14 @@ class UnknownEvent(NotFound):
     def __init__(self, event_id: object) -> None:
         super().__init__(f"event {event_id} is not in the ledger")
         self.event_id = event_id
+
+
+class UnknownReconciliation(NotFound):
+    """No reconciliation of that number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"reconciliation {number} is not in the ledger")
+        self.number = number
 
 
 class UnknownEncoding(NotFound):

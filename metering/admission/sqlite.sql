@@ -175,6 +175,13 @@ INSERT INTO request_log (
 -- name: find_event
 SELECT * FROM events WHERE event_id = :event_id
 
+-- name: find_run_events
+SELECT event_id, kind, corrects, requests, model FROM events WHERE account = :account AND run_id = :run_id
+
+-- name: mark_applied
+UPDATE verdicts SET applied_at = :applied_at, applied_by = :applied_by
+WHERE reconciliation = :reconciliation AND number = :number AND applied_at IS NULL
+
 -- name: find_plan_version
 SELECT plan, document FROM plan_versions WHERE plan_version = :plan_version
 

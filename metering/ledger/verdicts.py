@@ -1,0 +1,155 @@
+"""Reconciliations in the ledger: what was compared, and what was found of each run that does not agree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime  # noqa: TC003  of records
+from decimal import Decimal  # noqa: TC003
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import sqlalchemy as sa
+
+from metering.billing.reconciliation import Correction, Tolerance, Verdict
+from metering.errors import UnknownReconciliation
+from metering.ledger.schema import reconciliations, verdicts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+__all__ = ["Reconciliation", "RunVerdict", "accepted", "find", "record", "verdicts_of"]
+
+_corrections = msgspec.json.Decoder(tuple[Correction, ...])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reconciliation:
+    """One comparison of a period."""
+
+    number: int
+    period: str
+    made_at: datetime
+    events_to: int
+    spans_to: int
+    """Watermarks of the warehouse that was compared."""
+    tolerance: Tolerance
+    runs: Mapping[str, Mapping[str, int]]
+    """Runs by account (`` where it is not known), and by what they were found to be."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunVerdict:
+    """A run that does not agree, and what would put it right."""
+
+    number: int
+    """Within its reconciliation, from 1."""
+    account: str | None
+    run_id: str
+    verdict: Verdict
+    reason: str
+    state: str
+    """Of `RunFacts`: corrections are refused once it is another one."""
+    amount: Decimal | None
+    """What the corrections add to the account's bill, in `currency`, before any minimum and rounding; where they change
+    nothing, what taking the run back would: money that nothing proves. None where no price tells.
+    """
+    currency: str | None
+    cost: Decimal | None
+    """The same of what the provider charges, in USD."""
+    evidence: Mapping[str, Any]
+    """`billed` and `traced` counts by model, `events` and `holds` by id."""
+    corrections: tuple[Correction, ...]
+    applied_at: datetime | None = None
+    applied_by: str | None = None
+
+
+def record(
+    connection: sa.Connection,
+    *,
+    period: str,
+    made_at: datetime,
+    events_to: int,
+    spans_to: int,
+    tolerance: Tolerance,
+    runs: Mapping[str, Mapping[str, int]],
+    found: Iterable[RunVerdict],
+) -> int:
+    """Within a transaction: write a reconciliation; its number."""
+    written = connection.execute(
+        reconciliations.insert().values(
+            period=period,
+            made_at=made_at,
+            events_to=events_to,
+            spans_to=spans_to,
+            tolerance_tokens=tolerance.tokens,
+            tolerance_percent=tolerance.percent,
+            runs=_json(runs),
+        )
+    )
+    assert written.inserted_primary_key is not None
+    number = int(written.inserted_primary_key[0])
+    rows = [
+        {
+            "reconciliation": number,
+            "number": verdict.number,
+            "account": verdict.account,
+            "run_id": verdict.run_id,
+            "verdict": verdict.verdict,
+            "reason": verdict.reason,
+            "state": verdict.state,
+            "amount": verdict.amount,
+            "currency": verdict.currency,
+            "cost": verdict.cost,
+            "evidence": _json(verdict.evidence),
+            "corrections": _json(verdict.corrections),
+        }
+        for verdict in found
+    ]
+    if rows:
+        connection.execute(verdicts.insert(), rows)
+    return number
+
+
+def find(connection: sa.Connection, number: int) -> Reconciliation:
+    """One reconciliation. Raises `UnknownReconciliation`."""
+    row = connection.execute(sa.select(reconciliations).where(reconciliations.c.reconciliation == number)).one_or_none()
+    if row is None:
+        raise UnknownReconciliation(number)
+    return Reconciliation(
+        number=row.reconciliation,
+        period=row.period,
+        made_at=row.made_at,
+        events_to=row.events_to,
+        spans_to=row.spans_to,
+        tolerance=Tolerance(tokens=row.tolerance_tokens, percent=row.tolerance_percent),
+        runs=msgspec.json.decode(row.runs),
+    )
+
+
+def verdicts_of(connection: sa.Connection, number: int) -> list[RunVerdict]:
+    """The runs that did not agree, in order of their numbers."""
+    query = sa.select(verdicts).where(verdicts.c.reconciliation == number).order_by(verdicts.c.number)
+    return [
+        RunVerdict(
+            **{
+                **{name: value for name, value in row.items() if name != "reconciliation"},
+                "evidence": msgspec.json.decode(row["evidence"]),
+                "corrections": _corrections.decode(row["corrections"]),
+            }
+        )
+        for row in connection.execute(query).mappings()
+    ]
+
+
+def accepted(connection: sa.Connection, period: str) -> set[tuple[str | None, str, str, str]]:
+    """(account, run, verdict, state) of what was found in a period, and applied: as it is, it stands."""
+    query = (
+        sa.select(verdicts.c.account, verdicts.c.run_id, verdicts.c.verdict, verdicts.c.state)
+        .join(reconciliations, reconciliations.c.reconciliation == verdicts.c.reconciliation)
+        .where(reconciliations.c.period == period, verdicts.c.applied_at.is_not(None))
+    )
+    return {tuple(row) for row in connection.execute(query)}
+
+
+def _json(value: Any) -> str:
+    return msgspec.json.encode(value).decode()
