@@ -15,13 +15,14 @@ from prefect import task
 from metering.accounts import list_accounts
 from metering.billing.invoices import Invoice, UsageSum, build_invoice
 from metering.clock import utc_now
-from metering.errors import MeteringError
+from metering.errors import InvalidPlan, MeteringError, UnpricedUsage
 from metering.events import TOKEN_FIELDS
 from metering.ledger import Ledger, plan_versions
 from metering.windows import period_of_month
 from reports.files import write_atomically
 from reports.invoice import invoice_csv, invoice_html
 from reports.summary import AccountRow, ModelRow, PeriodSummary, UsageDay, summary_html
+from tasks.costs import knows_price, price_version
 from tasks.errors import ReportError
 from tasks.warehouse import lease, open_for_reading, sql
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import duckdb
+
+    from metering.plans import Plan
 
 __all__ = ["Bills", "build_bills", "file_stem", "invoice_files", "usage_sums", "write_index", "write_invoices"]
 
@@ -123,13 +126,26 @@ def build_bills(ledger_url: str, usage: Mapping[str, Iterable[UsageSum]], period
                         active_from=account.active_from,
                     )
                 except MeteringError as exc:
-                    problems.append((account.account, str(exc)))
+                    problems.append((account.account, str(_cause(exc, plans, used))))
                     continue
                 if invoice.usage or invoice.total:
                     invoices.append(invoice)
     finally:
         ledger.close()
     return Bills(invoices=tuple(invoices), problems=tuple(problems))
+
+
+def _cause(error: MeteringError, plans: Mapping[int, Plan], usage: Iterable[UsageSum]) -> MeteringError:
+    """Usage may be without a price because a plan names one that there is not."""
+    for row in usage if isinstance(error, UnpricedUsage) else ():
+        plan = plans[row.plan_version]
+        if row.unpriced_requests and plan.named_price is not None and not knows_price(plan.named_price):
+            return InvalidPlan(
+                f"plans.{plan.name}.unknown_price",
+                f"got {plan.named_price!r}, which {price_version()} has no price for (plan version {row.plan_version}, "
+                f"with {row.unpriced_requests:,} requests of unknown price on line {row.line!r})",
+            )
+    return error
 
 
 def invoice_files(invoice: Invoice) -> dict[str, bytes]:
