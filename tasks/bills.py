@@ -24,7 +24,7 @@ from reports.invoice import invoice_csv, invoice_html
 from reports.summary import AccountRow, ModelRow, PeriodSummary, UsageDay, summary_html
 from tasks.costs import knows_price, price_version
 from tasks.errors import ReportError
-from tasks.warehouse import lease, open_for_reading, sql
+from tasks.warehouse import check_recost, lease, newest_recost, open_for_reading, sql
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -57,6 +57,7 @@ def write_invoices(ledger_url: str, warehouse: Path, out: Path, period: str) -> 
     Files of invoices that are no longer there go. Raises `WarehouseError`, `ReportError`.
     """
     with open_for_reading(warehouse) as connection:
+        check_recost(connection, _newest_recost(ledger_url))
         usage = usage_sums(connection, period)
     bills = build_bills(ledger_url, usage, period)
     with _folder(out, period) as folder:
@@ -172,6 +173,15 @@ def usage_sums(connection: duckdb.DuckDBPyConnection, period: str) -> dict[str, 
     for row in _rows(connection, "usage_sums", period):
         sums[row.pop("account")].append(UsageSum(**row))
     return sums
+
+
+def _newest_recost(ledger_url: str) -> int:
+    ledger = Ledger(ledger_url)
+    try:
+        with ledger.read() as connection:
+            return newest_recost([tuple(row) for row in connection.exec_driver_sql(sql("newest_recost"))])
+    finally:
+        ledger.close()
 
 
 @contextmanager
