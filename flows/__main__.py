@@ -71,6 +71,19 @@ def rebuild() -> None:
 
 
 @app.command()
+def recost(
+    period: Annotated[str, typer.Option(help="The month the billing periods start in, YYYY-MM.")],
+    reason: Annotated[str, typer.Option(help="Why, for the ledger.")],
+    actor: Annotated[str | None, typer.Option(help="Who, for the ledger; the system's user unless said.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would change.")] = False,
+) -> None:
+    """Cost a period's events anew by the installed prices, and make the warehouse anew; says what changes."""
+    from flows.recost import recost as flow
+
+    sys.exit(call(flow, period=period, reason=reason, actor=actor, dry_run=dry_run))
+
+
+@app.command()
 def verify(subject: Subject, period: Period = None) -> None:
     """Compute again from the ledger's own events, and compare with the rollups or with the invoice files."""
     from flows.places import Places, billed_month

@@ -42,6 +42,9 @@ def call(job: Callable[..., Any], **parameters: Any) -> int:
         print(json.dumps(result))
     elif isinstance(result, Path):
         print(result.absolute())
+    elif isinstance(result, list):
+        for line in result or ["nothing changes"]:
+            print(line)
     return 0
 
 

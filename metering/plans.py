@@ -28,15 +28,29 @@ Fail = Literal["closed", "open"]
 MAX_LIMITS = 32
 MAX_RATES = 500
 MAX_RETENTION_DAYS = 36_500
+MAX_PRICE = 38
+"""Of the name of a price, which the ledger keeps with each cost, after the version of the prices, in 64 characters."""
 
 _PER: tuple[LimitPer, ...] = ("minute", "hour", "day", "week", "month", "period")
 _SCOPES: tuple[Scope, ...] = ("account", "key")
 _RECONCILE: tuple[Reconcile, ...] = ("none", "traces", "provider")
 _FAIL: tuple[Fail, ...] = ("closed", "open")
+_UNKNOWN_PRICE = ("refuse", "zero_and_flag")
+_PRICE = re.compile(r"[a-z0-9][a-z0-9_-]*:[^\s:]\S*")
 _RATE = re.compile(r"([1-9][0-9]{0,15})/(second|minute|hour|day)")
 _UNIT_S = {"second": 1, "minute": 60, "hour": 3_600, "day": 86_400}
 _LIMIT_KEYS = ("metric", "per", "max", "rate", "burst", "scope", "line")
-_PLAN_KEYS = ("currency", "base_fee", "minimum", "retention_days", "reconcile", "fail", "limits", "rates")
+_PLAN_KEYS = (
+    "currency",
+    "base_fee",
+    "minimum",
+    "retention_days",
+    "reconcile",
+    "fail",
+    "unknown_price",
+    "limits",
+    "rates",
+)
 _ZERO = Decimal(0)
 
 
@@ -172,6 +186,9 @@ class Plan:
     """What must agree with the billed tokens before a period closes."""
     fail: Fail = "closed"
     """What becomes of calls while the store is away: refused, or admitted without asking limits and billed later."""
+    unknown_price: str = "refuse"
+    """What becomes of cost_plus usage whose provider cost is not known: `refuse` issues no invoice, `zero_and_flag`
+    bills it at a cost of 0 and counts it, and a named price, such as `openai:gpt-4.1-mini`, costs it by that one."""
     limits: tuple[Limit, ...] = ()
     rates: tuple[Rate, ...] = ()
 
@@ -192,8 +209,25 @@ class Plan:
             raise InvalidPlan(f"{root}.reconcile", f"got {self.reconcile!r}, expected one of {', '.join(_RECONCILE)}")
         if self.fail not in _FAIL:
             raise InvalidPlan(f"{root}.fail", f"got {self.fail!r}, expected one of {', '.join(_FAIL)}")
+        self._check_unknown_price(f"{root}.unknown_price")
         _check_limits(root, self.limits)
         _check_rates(root, self.rates, self.currency)
+
+    def _check_unknown_price(self, where: str) -> None:
+        if self.unknown_price in _UNKNOWN_PRICE:
+            return
+        checked_name(where, self.unknown_price, MAX_PRICE)
+        if not _PRICE.fullmatch(self.unknown_price):
+            raise InvalidPlan(
+                where,
+                f"got {self.unknown_price!r}, expected one of {', '.join(_UNKNOWN_PRICE)}, or a provider and its model "
+                "such as openai:gpt-4.1-mini",
+            )
+
+    @property
+    def named_price(self) -> str | None:
+        """PROVIDER:MODEL whose price stands in where one is not known; None where `unknown_price` names none."""
+        return None if self.unknown_price in _UNKNOWN_PRICE else self.unknown_price
 
     @classmethod
     def from_dict(cls, name: str, document: object) -> Plan:
@@ -208,6 +242,7 @@ class Plan:
             retention_days=table.whole("retention_days"),
             reconcile=table.text("reconcile", "none"),  # type: ignore[arg-type]  # checked by the record
             fail=table.text("fail", "closed"),  # type: ignore[arg-type]  # checked by the record
+            unknown_price=table.text("unknown_price", "refuse"),
             limits=tuple(Limit.from_dict(limit, where=place) for place, limit in table.tables("limits")),
             rates=tuple(Rate.from_dict(rate, where=place) for place, rate in table.tables("rates")),
         )
@@ -220,8 +255,9 @@ class Plan:
             "minimum": written(self.minimum),
             "retention_days": self.retention_days,
             "reconcile": self.reconcile,
-            # Versions are told apart by this text, and those of before knew no other way to fail.
+            # Versions are told apart by this text, and those of before knew no other way.
             **({} if self.fail == "closed" else {"fail": self.fail}),
+            **({} if self.unknown_price == "refuse" else {"unknown_price": self.unknown_price}),
             "limits": [limit.to_dict() for limit in self.limits],
             "rates": [rate.to_dict() for rate in self.rates],
         }

@@ -34,7 +34,7 @@ class AccountRow:
     provider_cost: Decimal
     """In USD, as far as prices are known."""
     margin: Decimal | None
-    """`total` less `provider_cost`, in USD; None where the account is billed in another currency."""
+    """`total` less `provider_cost`, in USD; None where it is billed in another currency or a price is not known."""
     unpriced_requests: int
     """Requests whose provider cost is not known, so not in `provider_cost`."""
     invoice_href: str
@@ -64,7 +64,8 @@ class ModelRow:
     input_tokens: int
     output_tokens: int
     cost: Decimal
-    """In USD."""
+    """In USD, as far as prices are known."""
+    unpriced_requests: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,21 +15,24 @@ from prefect import task
 from metering.accounts import list_accounts
 from metering.billing.invoices import Invoice, UsageSum, build_invoice
 from metering.clock import utc_now
-from metering.errors import MeteringError
+from metering.errors import InvalidPlan, MeteringError, UnpricedUsage
 from metering.events import TOKEN_FIELDS
 from metering.ledger import Ledger, plan_versions
 from metering.windows import period_of_month
 from reports.files import write_atomically
 from reports.invoice import invoice_csv, invoice_html
 from reports.summary import AccountRow, ModelRow, PeriodSummary, UsageDay, summary_html
+from tasks.costs import knows_price, price_version
 from tasks.errors import ReportError
-from tasks.warehouse import lease, open_for_reading, sql
+from tasks.warehouse import check_recost, lease, newest_recost, open_for_reading, sql
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     import duckdb
+
+    from metering.plans import Plan
 
 __all__ = ["Bills", "build_bills", "file_stem", "invoice_files", "usage_sums", "write_index", "write_invoices"]
 
@@ -54,6 +57,7 @@ def write_invoices(ledger_url: str, warehouse: Path, out: Path, period: str) -> 
     Files of invoices that are no longer there go. Raises `WarehouseError`, `ReportError`.
     """
     with open_for_reading(warehouse) as connection:
+        check_recost(connection, _newest_recost(ledger_url))
         usage = usage_sums(connection, period)
     bills = build_bills(ledger_url, usage, period)
     with _folder(out, period) as folder:
@@ -123,13 +127,26 @@ def build_bills(ledger_url: str, usage: Mapping[str, Iterable[UsageSum]], period
                         active_from=account.active_from,
                     )
                 except MeteringError as exc:
-                    problems.append((account.account, str(exc)))
+                    problems.append((account.account, str(_cause(exc, plans, used))))
                     continue
                 if invoice.usage or invoice.total:
                     invoices.append(invoice)
     finally:
         ledger.close()
     return Bills(invoices=tuple(invoices), problems=tuple(problems))
+
+
+def _cause(error: MeteringError, plans: Mapping[int, Plan], usage: Iterable[UsageSum]) -> MeteringError:
+    """Usage may be without a price because a plan names one that there is not."""
+    for row in usage if isinstance(error, UnpricedUsage) else ():
+        plan = plans[row.plan_version]
+        if row.unpriced_requests and plan.named_price is not None and not knows_price(plan.named_price):
+            return InvalidPlan(
+                f"plans.{plan.name}.unknown_price",
+                f"got {plan.named_price!r}, which {price_version()} has no price for (plan version {row.plan_version}, "
+                f"with {row.unpriced_requests:,} requests of unknown price on line {row.line!r})",
+            )
+    return error
 
 
 def invoice_files(invoice: Invoice) -> dict[str, bytes]:
@@ -156,6 +173,15 @@ def usage_sums(connection: duckdb.DuckDBPyConnection, period: str) -> dict[str, 
     for row in _rows(connection, "usage_sums", period):
         sums[row.pop("account")].append(UsageSum(**row))
     return sums
+
+
+def _newest_recost(ledger_url: str) -> int:
+    ledger = Ledger(ledger_url)
+    try:
+        with ledger.read() as connection:
+            return newest_recost([tuple(row) for row in connection.exec_driver_sql(sql("newest_recost"))])
+    finally:
+        ledger.close()
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from uuid import UUID
 import duckdb
 
 from tasks.errors import WarehouseError
-from tasks.warehouse import open_for_writing, quoted, sql
+from tasks.warehouse import check_recost, newest_recost, open_for_writing, quoted, sql
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -75,6 +75,10 @@ def load(ledger: Mapping[str, str], warehouse: Path) -> dict[str, int]:
     loaded = 0
     with open_for_writing(warehouse) as connection, _attached_ledger(connection, ledger) as ask:
         watermark = _watermark(connection, ask)
+        newest = newest_recost(ask(sql("newest_recost")))
+        if not watermark:
+            connection.execute(f"DELETE FROM loaded_recost; INSERT INTO loaded_recost VALUES ({newest})")  # noqa: S608
+        check_recost(connection, newest)
         # Read before the rows are: what has not ended by now may still write below what has.
         end, is_ahead = map(int, ask(sql(f"load_end_{ledger['type']}"), watermark=watermark)[0])
         _check_history(connection, ask, watermark, end, is_ahead=bool(is_ahead))

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import fcntl
+import shlex
 from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import duckdb
 
 from tasks.errors import WarehouseError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-__all__ = ["lease", "open_for_reading", "open_for_writing", "quoted", "sql"]
+__all__ = ["check_recost", "lease", "newest_recost", "open_for_reading", "open_for_writing", "quoted", "sql"]
 
 
 @cache
@@ -61,6 +62,29 @@ def open_for_reading(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
         _attach(connection, path, " (READ_ONLY)")
         connection.execute("USE warehouse")
         yield connection
+
+
+def newest_recost(found: Sequence[tuple[Any, ...]]) -> int:
+    """The number that `newest_recost.sql` found, 0 for none. Raises `WarehouseError` where it has not ended."""
+    for recost, period, reason, has_ended in found:
+        if not int(has_ended):  # a text, where it comes by the sqlite_scanner
+            raise WarehouseError(
+                f"recost {recost} of {period} has not ended: some costs are by old prices and some by new ones. "
+                f"Run `python -m flows recost --period {period} --reason {shlex.quote(reason)}` again"
+            )
+        return int(recost)
+    return 0
+
+
+def check_recost(connection: duckdb.DuckDBPyConnection, newest: int) -> None:
+    """Raise `WarehouseError` where costs have changed since they were loaded. `newest` is the ledger's last recost."""
+    row = connection.execute("SELECT recost FROM loaded_recost").fetchone()
+    loaded = 0 if row is None else row[0]
+    if loaded != newest:
+        raise WarehouseError(
+            f"the ledger's newest recost is {newest}, but the warehouse was loaded after recost {loaded}: it has costs "
+            "that are no longer those of the ledger. Run `python -m flows rebuild`"
+        )
 
 
 @contextmanager

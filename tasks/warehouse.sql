@@ -7,6 +7,11 @@ CREATE TABLE IF NOT EXISTS load_watermark (
     seq BIGINT NOT NULL
 );
 
+-- The newest recost of the ledger when the first event was loaded; a later one changed costs of what is here. One row.
+CREATE TABLE IF NOT EXISTS loaded_recost (
+    recost INTEGER NOT NULL
+);
+
 CREATE TABLE IF NOT EXISTS usage_events (
     seq BIGINT NOT NULL,
     event_id UUID NOT NULL,

@@ -139,22 +139,22 @@ def build_invoice(
     `plans` are by plan version; `plan_version` is the one in force at the end of the period. Usage is priced by the
     version it is on, each version's quantity on its own; what is due once a period comes from the version in force.
     The base fee is for the local days from that of `active_from`; None is the whole period. Items of neither usage nor
-    money are left out.
+    money are left out. Where a plan says `zero_and_flag`, a cost_plus item says how many requests are in it at 0.
 
-    Raises `AmbiguousRate`; `UnpricedUsage` where a cost_plus rate meets usage without a price; `InvalidPlan` where a
-    version is missing from `plans` or an earlier one bills in another currency.
+    Raises `AmbiguousRate`; `UnpricedUsage` where a cost_plus rate of any other plan meets usage without a price;
+    `InvalidPlan` where a version is missing from `plans` or an earlier one bills in another currency.
     """
     rows = sorted(usage, key=_usage_order)
     in_force = _plan_of(plans, plan_version)
     window = Window(start=period_start, end=period_end)
     _, issued_on = local_dates(window, time_zone)
     with localcontext(EXACT):
-        items = [_base_fee(in_force, plan_version, window, time_zone, active_from)]
+        fee = _base_fee(in_force, plan_version, window, time_zone, active_from)
+        items = [fee] if fee.exact_amount else []
         for version in sorted({plan_version, *(row.plan_version for row in rows)}):
             on_version = [row for row in rows if row.plan_version == version]
             items += _rate_items(_plan_of(plans, version), version, on_version, in_force, fixed=version == plan_version)
-        kept = [item for item in items if item.exact_amount or item.quantity]
-        kept += _minimum(in_force, plan_version, sum((item.amount for item in kept), Decimal(0)))
+        items += _minimum(in_force, plan_version, sum((item.amount for item in items), Decimal(0)))
         return Invoice(
             reference=f"{account}-{period}",
             status="draft",
@@ -169,8 +169,8 @@ def build_invoice(
             period_end=period_end,
             time_zone=time_zone,
             issued_on=issued_on,
-            items=tuple(kept),
-            total=round_money(sum((item.amount for item in kept), Decimal(0)), in_force.currency),
+            items=tuple(items),
+            total=round_money(sum((item.amount for item in items), Decimal(0)), in_force.currency),
             usage=tuple(rows),
             requests=sum(row.requests for row in rows),
             input_tokens=sum(row.input_tokens for row in rows),
@@ -239,9 +239,14 @@ def _rate_items(plan: Plan, version: int, usage: list[UsageSum], in_force: Plan,
         if not fixed:
             rate = claim.rate.metered_only()
             description += f" ({plan.name}, plan version {version})"
-        if rate is not None and (fixed or claim.quantity):
+        if claim.unpriced_requests:
+            description += f" (requests of unknown price, at 0: {claim.unpriced_requests:,})"
+        if rate is None:
+            continue
+        item = _rate_item(rate, description, plan, version, claim)
+        if item.exact_amount or item.quantity or claim.unpriced_requests:
             _check_currency(plan, version, claim, in_force)
-            items.append(_rate_item(rate, description, plan, version, claim))
+            items.append(item)
     return items
 
 
@@ -261,10 +266,11 @@ def _rate_item(rate: Rate, description: str, plan: Plan, version: int, claim: Cl
 
 
 def _check_priced(plan: Plan, claim: Claim) -> None:
-    if claim.unpriced_requests:
+    if claim.unpriced_requests and plan.unknown_price != "zero_and_flag":
+        either = f", not even as {plan.named_price!r}" if plan.named_price else ""
         raise UnpricedUsage(
             f"plan {plan.name!r}: rates[{claim.index}] ({claim.rate}) bills provider cost, "
-            f"which is not known for {claim.unpriced_requests:,} of the requests it is for",
+            f"which is not known for {claim.unpriced_requests:,} of the requests it is for{either}",
             requests=claim.unpriced_requests,
         )
 

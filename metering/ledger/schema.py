@@ -210,8 +210,9 @@ recosts = Table(
     Column("reason", Text, nullable=False),
     Column("period", PERIOD, nullable=False),
     Column("price_version", String(64), nullable=False),
+    Column("ended", Boolean, nullable=False),
 )
-"""Each act of costing a period's events anew, by other prices than they were costed with."""
+"""Each act of costing a period's events anew, by other prices than they were costed with; `ended` once all are."""
 
 replaced_costs = Table(
     "replaced_costs",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from flows.bill_period import bill_period
 from flows.billing_cycle import billing_cycle
 from flows.command import call
 from flows.rebuild import rebuild
+from flows.recost import recost
 from metering.ledger import Ledger
+from tasks import costs
 from tests.servers import PostgresServer
 from tests.tasks.place import PERIOD, Place, event
 
@@ -71,6 +74,34 @@ def test_a_cycle_on_postgres_tells_prefect_no_password(
     for secret in ("tell/no@one", "tell%2Fno"):
         assert secret not in said
         assert not [data for data in told if secret.encode() in data]
+
+
+def test_a_recost_says_what_changes_and_bills_follow_it(
+    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.plans(RESALE)
+    place.account("acme", "resale")
+    place.add(event())
+    place.cycle()
+    asked = {"period": PERIOD, "reason": "the provider's notice of May", "actor": "ann"}
+    assert call(recost, **asked) == 0
+    assert capsys.readouterr().out == "nothing changes\n"
+    monkeypatch.setattr(costs, "provider_cost", lambda _: Decimal(5))
+    monkeypatch.setattr(costs, "price_version", lambda: "later")
+    assert call(recost, **asked, dry_run=True) == 0
+    assert capsys.readouterr().out == "acme: 0.0028 -> 5 USD, 1 events costed anew\n"
+    assert place.ledger_rows("SELECT * FROM recosts") == []
+    assert call(recost, **asked) == 0
+    assert capsys.readouterr().out == "acme: 0.0028 -> 5 USD, 1 events costed anew\n"
+    place.cycle()
+    assert place.invoices()["acme"].total == 6
+    for said, problem in (
+        ({"period": "May"}, "period: got 'May', expected a month such as 2026-10"),
+        ({"reason": ""}, "reason: got '', expected 1 to 1000 characters (got 0)"),
+        ({"actor": "a" * 256}, "expected 1 to 255 characters (got 256)"),
+    ):
+        assert call(recost, **{**asked, **said}) == 1
+        assert problem in capsys.readouterr().err
 
 
 def test_a_period_that_is_no_month_fails_before_anything_is_done(

@@ -212,6 +212,40 @@ def test_cost_plus_waits_for_prices() -> None:
     assert invoice.unpriced_requests == 4
 
 
+COST_PLUS = {"line": "application", "type": "cost_plus", "markup_percent": 20}
+
+
+def test_usage_without_a_price_is_billed_at_zero_and_counted_where_the_plan_says_so() -> None:
+    flagged = {7: plan(rates=[COST_PLUS], unknown_price="zero_and_flag")}
+    invoice = october(flagged, usage(cost=Decimal("1.00")), usage(model="x", requests=2_000, unpriced_requests=2_000))
+    assert amounts(invoice) == [("v7/rates/0", "1.20")]
+    assert invoice.items[0].description.endswith("plus 20% (requests of unknown price, at 0: 2,000)")
+    assert invoice.unpriced_requests == 2_000
+    assert "unknown" not in october(flagged, usage(cost=Decimal("1.00"))).items[0].description
+
+
+def test_an_item_of_nothing_but_usage_without_a_price_is_shown() -> None:
+    flagged = plan("old", rates=[COST_PLUS], unknown_price="zero_and_flag")
+    for version, name in ((7, ""), (3, " (old, plan version 3)")):
+        invoice = october({3: flagged, 7: flagged}, usage(plan_version=version, unpriced_requests=1))
+        assert amounts(invoice) == [(f"v{version}/rates/0", "0.00")]
+        assert invoice.items[0].description.endswith(f"20%{name} (requests of unknown price, at 0: 1)")
+
+
+def test_the_plan_version_of_the_usage_says_what_becomes_of_it_without_a_price() -> None:
+    strict, lenient = plan(rates=[COST_PLUS]), plan(rates=[COST_PLUS], unknown_price="zero_and_flag")
+    row = usage(plan_version=3, unpriced_requests=1)
+    assert october({3: lenient, 7: strict}, row).unpriced_requests == 1
+    with pytest.raises(UnpricedUsage):
+        october({3: strict, 7: lenient}, row)
+
+
+def test_a_named_price_that_does_not_fit_refuses_too() -> None:
+    plans = {7: plan(rates=[COST_PLUS], unknown_price="openai:gpt-4.1-mini")}
+    with pytest.raises(UnpricedUsage, match=r"not known for 1 of the .* not even as 'openai:gpt-4\.1-mini'"):
+        october(plans, usage(unpriced_requests=1))
+
+
 def test_ambiguity_stops_the_invoice() -> None:
     rates = [TOKEN_RATES[0], {**TOKEN_RATES[0], "line": "*", "match": {"model": "gpt-4.1"}}]
     with pytest.raises(AmbiguousRate):

@@ -59,6 +59,43 @@ def test_a_plan_survives_the_ledger() -> None:
     assert again.digest == plan.digest
 
 
+@pytest.mark.parametrize("said", ["zero_and_flag", "openai:gpt-4.1-mini", "aws:amazon.nova-pro-v1:0", "x-ai:grok-4"])
+def test_what_becomes_of_usage_without_a_price(said: str) -> None:
+    plan = Plan.from_dict("pro", {"retention_days": 1, "unknown_price": said})
+    assert plan.unknown_price == said
+    assert plan.named_price == (None if said == "zero_and_flag" else said)
+    assert Plan.from_dict("pro", plan.to_dict()) == plan
+
+
+def test_a_plan_of_before_unknown_price_is_the_same_version() -> None:
+    plan = Plan.from_dict("pro", {"retention_days": 30})
+    assert plan.unknown_price == "refuse"
+    assert Plan.from_dict("pro", {"retention_days": 30, "unknown_price": "refuse"}).digest == plan.digest
+    assert plan.digest == "d937508f2e753394bb5f2c0939094198"
+    assert Plan.from_dict("pro", {"retention_days": 30, "unknown_price": "zero_and_flag"}).digest != plan.digest
+
+
+@pytest.mark.parametrize(
+    ("said", "problem"),
+    [
+        ("gpt-4.1-mini", "got 'gpt-4.1-mini', expected one of refuse, zero_and_flag, or a provider and its model"),
+        ("zero", "such as openai:gpt-4.1-mini"),
+        ("", "1 to 38 characters"),
+        ("openai:", "such as"),
+        (":gpt-4.1-mini", "such as"),
+        ("OpenAI:gpt-4.1-mini", "such as"),
+        ("openai: gpt-4.1-mini", "such as"),
+        ("openai:" + "x" * 32, "1 to 38 characters"),
+        (0, "expected a string"),
+    ],
+)
+def test_another_unknown_price_is_refused(said: object, problem: str) -> None:
+    with pytest.raises(InvalidPlan) as caught:
+        Plan.from_dict("pro", {"retention_days": 1, "unknown_price": said})
+    assert caught.value.where == "plans.pro.unknown_price"
+    assert problem in caught.value.problem
+
+
 def test_the_digest_is_of_what_the_plan_says_not_of_how() -> None:
     plan = parse_plans(DESIGN_SAMPLE)["pro"]
     same = parse_plans(DESIGN_SAMPLE.replace('"49.00"', "49").replace("10_000", "10000"))["pro"]

@@ -110,9 +110,17 @@ def make_day(number: int, series: str = "gpt-4.1", tokens: int = 1_000_000) -> U
     return UsageDay(date=date(2023, 11, number), series=series, requests=10, tokens=tokens, cost=Decimal("0.125"))
 
 
-def make_model(model: str | None = "gpt-4.1", provider: str | None = "openai", tokens: int = 9_000) -> ModelRow:
+def make_model(
+    model: str | None = "gpt-4.1", provider: str | None = "openai", tokens: int = 9_000, unpriced_requests: int = 0
+) -> ModelRow:
     return ModelRow(
-        provider=provider, model=model, requests=4, input_tokens=tokens, output_tokens=500, cost=Decimal("1.5")
+        provider=provider,
+        model=model,
+        requests=4,
+        input_tokens=tokens,
+        output_tokens=500,
+        cost=Decimal("1.5"),
+        unpriced_requests=unpriced_requests,
     )
 
 

@@ -52,6 +52,11 @@ def test_currencies_are_never_added(make: Any) -> None:
     assert "Total of 1 in EUR 8,819 18,059,974 245,896 500.00 EUR 31.20 \N{EN DASH}" in words
 
 
+def test_models_without_a_price_are_counted(make: Any) -> None:
+    words = words_of(summary_html(make.summary(models=(make.model("mystery", None, unpriced_requests=1_003),))))
+    assert "mystery \N{EN DASH} 4 9,000 500 1.50 1,003 unpriced" in words
+
+
 def test_each_account_links_to_its_invoice(make: Any) -> None:
     html = summary_html(make.summary(accounts=(make.account("a:b c", invoice_href="javascript:x/a b"),)))
     assert re.findall(r'<a href="([^"]*)"', html) == [

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import signal
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 from uuid import UUID
 
@@ -13,7 +15,7 @@ import pytest
 
 from metering.events import TokenUsage
 from metering.windows import period_of_month
-from tasks.bills import file_stem
+from tasks.bills import _account_row, file_stem
 from tasks.errors import ReportError, WarehouseError
 from tasks.verify import invoice_differences, rollup_differences
 from tests.tasks.place import PERIOD, Place, event, month_of_usage
@@ -159,6 +161,80 @@ rates = [{ line = "*", type = "cost_plus", markup_percent = 20 }]
     assert place.invoices()["good"].provider_cost == Decimal("0.0028")
     index = (place.out / PERIOD / "index.html").read_text()
     assert all(name in index for name in ("two rates", "no price", "good"))
+
+
+RESALES = """
+[plans.flagged]
+retention_days = 1
+unknown_price = "zero_and_flag"
+rates = [{ line = "*", type = "cost_plus", markup_percent = 50 }]
+
+[plans.named]
+retention_days = 1
+unknown_price = "openai:gpt-4.1-mini"
+rates = [{ line = "*", type = "cost_plus", markup_percent = 50 }]
+
+[plans.nowhere]
+retention_days = 1
+unknown_price = "openai:gtp-4.1-mini"
+rates = [{ line = "*", type = "cost_plus", markup_percent = 50 }]
+
+[plans.euros]
+retention_days = 1
+currency = "EUR"
+base_fee = "10"
+"""
+
+
+def words_of_index(place: Place) -> str:
+    index = (place.out / PERIOD / "index.html").read_text()
+    return " ".join(re.sub(r"<svg.*?</svg>|<[^>]*>", " ", index, flags=re.DOTALL).split())
+
+
+def test_usage_without_a_price_follows_its_plan_and_is_counted(place: Place) -> None:
+    place.plans(RESALES)
+    million = TokenUsage(input_tokens=1_000_000)
+    mistaken = event("flagged", model="mystery", usage=million)
+    for name in ("flagged", "named", "nowhere"):
+        place.account(name, name)
+        place.add(*(event(name, model=model, usage=million) for model in ("gpt-4.1", "mystery", "mystery")))
+    place.add(mistaken)
+    with place.meter() as meter:
+        meter.correct(mistaken.event_id, billable=False, reason="a test call")
+    assert place.cycle() == [
+        (
+            "nowhere",
+            "plans.nowhere.unknown_price: got 'openai:gtp-4.1-mini', which genai-prices "
+            f"{version('genai-prices')} has no price for (plan version 3, with 2 requests of unknown price on line "
+            "'application')",
+        )
+    ]
+    flagged, named = place.invoices()["flagged"], place.invoices()["named"]
+    assert (flagged.total, flagged.provider_cost, flagged.unpriced_requests) == (Decimal("3.00"), Decimal(2), 2)
+    assert [item.description for item in flagged.items] == [
+        "All lines: provider cost plus 50% (requests of unknown price, at 0: 2)"
+    ]
+    # gpt-4.1-mini: 0.40 USD per million in.
+    assert (named.total, named.provider_cost, named.unpriced_requests) == (Decimal("4.20"), Decimal("2.8"), 0)
+    words = words_of_index(place)
+    assert "without 2 requests of unknown price" in words
+    assert "mystery openai 6 6,000,000 0 0.80 4 unpriced" in words
+    for kind in ("html", "csv", "json"):
+        assert "unknown price, at 0: 2" in (place.out / PERIOD / "invoices" / f"flagged-2023-11.{kind}").read_text()
+
+
+def test_a_margin_is_shown_where_cost_and_total_are_known_in_one_currency(place: Place) -> None:
+    place.plans(RESALES)
+    place.account("dollars", "named")
+    place.account("euros", "euros")
+    place.account("unknown", "flagged")
+    million = TokenUsage(input_tokens=1_000_000)
+    place.add(event("dollars", usage=million), event("euros", usage=million))
+    place.add(event("unknown", usage=million), event("unknown", model="mystery", usage=million))
+    place.aggregate()
+    place.invoice()
+    margins = {name: _account_row(invoice).margin for name, invoice in place.invoices().items()}
+    assert margins == {"dollars": Decimal("1.00"), "euros": None, "unknown": None}
 
 
 def test_a_free_call_on_the_customers_own_key_costs_nothing(place: Place) -> None:

@@ -161,3 +161,49 @@ def test_a_reversal_takes_back_what_was_booked(
     negated = cost if cost in (None, "0") else f"-{cost}"
     corrected = ("5", "-5", "5") if costed_between else ("0.000002", "-0.000002", "0.000004")
     assert [row[1] for row in booked(place)] == [cost, negated, *corrected]
+
+
+NAMED = """
+[plans.named]
+retention_days = 1
+unknown_price = "openai:gpt-4.1-mini"
+"""
+
+
+def test_a_named_price_stands_in_and_the_ledger_says_so(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(costs, "price_version", lambda: "genai-prices 9")
+    place.account("strict")
+    place.plans(NAMED)
+    place.account("acme", "named")
+    million = TokenUsage(input_tokens=1_000_000)
+    mystery = event(model="mystery", usage=million)
+    unfit = TokenUsage(input_tokens=100, cache_read_tokens=50, input_audio_tokens=60)
+    place.add(
+        mystery,
+        event(model=None, provider=None, usage=million),
+        event(usage=million),
+        event(provider="google", model="gemini-2.5-flash", usage=unfit),
+        event("strict", model="mystery", usage=million),
+        event(model="mystery", usage=million, platform_paid=False),
+    )
+    place.cost()
+    with place.meter() as meter:
+        meter.correct(mystery.event_id, usage=TokenUsage(input_tokens=500_000), reason="recounted")
+    monkeypatch.setattr(costs, "price_version", lambda: "genai-prices 10")
+    place.cost()
+    assert [tuple(row[1:3]) for row in booked(place)] == [
+        ("0.4", "genai-prices 9 as openai:gpt-4.1-mini"),
+        ("0.4", "genai-prices 9 as openai:gpt-4.1-mini"),
+        ("2", "genai-prices 9"),
+        ("0.000025", "genai-prices 9 as openai:gpt-4.1-mini"),
+        (None, "genai-prices 9"),
+        ("0", "genai-prices 9"),
+        ("-0.4", "genai-prices 9 as openai:gpt-4.1-mini"),  # what it takes back, as that was booked
+        ("0.2", "genai-prices 10 as openai:gpt-4.1-mini"),
+    ]
+
+
+def test_a_named_price_is_known_or_not() -> None:
+    assert costs.knows_price("openai:gpt-4.1-mini")
+    assert not costs.knows_price("openai:gtp-4.1-mini")
+    assert not costs.knows_price("nobody:gpt-4.1-mini")

@@ -28,6 +28,7 @@ def upgrade() -> None:
         sa.Column("reason", sa.Text(), nullable=False),
         sa.Column("period", sa.String(length=7), nullable=False),
         sa.Column("price_version", sa.String(length=64), nullable=False),
+        sa.Column("ended", sa.Boolean(), nullable=False),
         sa.PrimaryKeyConstraint("recost", name=op.f("pk_recosts")),
     )
     op.create_table(

@@ -1,0 +1,77 @@
+"""A recost killed at any moment is finished by running it again, and until then nothing is billed by halves."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tasks.errors import WarehouseError
+from tests.faults.test_flow_kill import DEADLINE_S, ROUNDS, kill_group, start
+from tests.tasks.place import Place, month_of_usage
+
+if TYPE_CHECKING:
+    import subprocess
+    from pathlib import Path
+
+chance = random.Random(20231205)
+
+
+def driver(place: Place) -> subprocess.Popen[str]:
+    run = start(place, "tests.faults.recost_driver", str(place.home))
+    assert run.stdout is not None
+    assert run.stdout.readline() == "ready\n"
+    return run
+
+
+def finished(place: Place) -> float:
+    """Seconds that a recost took, undisturbed."""
+    run = driver(place)
+    began = time.monotonic()
+    _, said = run.communicate(timeout=DEADLINE_S)
+    assert run.returncode == 0, said
+    return time.monotonic() - began
+
+
+def result(place: Place) -> dict[str, Any]:
+    return {
+        "costs": place.ledger_rows("SELECT * FROM event_costs ORDER BY seq"),
+        "recosts": place.ledger_rows("SELECT * FROM recosts"),
+        "replaced": place.ledger_rows("SELECT * FROM replaced_costs ORDER BY seq"),
+        "events": place.warehouse_rows("SELECT * FROM usage_events ORDER BY seq"),
+        "loaded": place.warehouse_rows("SELECT * FROM loaded_recost"),
+    }
+
+
+@pytest.fixture(scope="module")
+def aggregated(tmp_path_factory: pytest.TempPathFactory, empty_ledger: Path) -> Place:
+    """A month of usage that is costed and loaded."""
+    home = tmp_path_factory.mktemp("aggregated") / "home"
+    home.mkdir()
+    shutil.copy(empty_ledger, home / "ledger.db")
+    month_of_usage(Place(home), events=1_200)
+    Place(home).aggregate()
+    return Place(home)
+
+
+def test_a_recost_killed_at_any_moment(aggregated: Place, tmp_path: Path) -> None:
+    undisturbed = Place(tmp_path / "undisturbed")
+    shutil.copytree(aggregated.home, undisturbed.home)
+    took_s = finished(undisturbed)
+    expected = result(undisturbed)
+    assert len(expected["replaced"]) > 1_000
+    assert len(expected["recosts"]) == 1
+    killed = 0
+    for number in range(ROUNDS):
+        place = Place(tmp_path / f"round-{number}")
+        shutil.copytree(aggregated.home, place.home)
+        killed += kill_group(driver(place), took_s * (number + chance.random()) / ROUNDS)
+        if [(len(place.ledger_rows("SELECT * FROM recosts")),)] != place.warehouse_rows("SELECT * FROM loaded_recost"):
+            with pytest.raises(WarehouseError, match=r"recost 1 of 2023-11 has not ended|newest recost is 1"):
+                place.load()
+        finished(place)
+        assert result(place) == expected, f"round {number}"
+    assert killed
