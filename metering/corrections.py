@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from metering.billing import reconciliation
+    from metering.billing.reconciliation import RunVerdict
     from metering.ledger import Ledger
     from metering.ledger.transactions import Cursor
-    from metering.ledger.verdicts import RunVerdict
 
 __all__ = ["Correction", "apply_verdict", "correct", "correcting_ids", "find_event", "reversal_row", "standing"]
 

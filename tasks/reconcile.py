@@ -14,14 +14,21 @@ from prefect import task
 from metering.accounts import list_accounts
 from metering.billing.invoices import UsageSum
 from metering.billing.money import EXACT
-from metering.billing.reconciliation import BilledEvent, ExpiredHold, RunFacts, Tolerance, TracedModel, judge
+from metering.billing.reconciliation import (
+    BilledEvent,
+    ExpiredHold,
+    RunFacts,
+    RunVerdict,
+    Tolerance,
+    TracedModel,
+    judge,
+)
 from metering.billing.stakes import Stakes
 from metering.checks import MAX_TOKENS
 from metering.corrections import standing
 from metering.events import TOKEN_FIELDS, TokenUsage
 from metering.ledger import Ledger, plan_versions, verdicts
 from metering.ledger.schema import holds
-from metering.ledger.verdicts import RunVerdict
 from metering.windows import Window, period_of_month
 from tasks.bills import INSTANT, usage_sums
 from tasks.costs import provider_cost

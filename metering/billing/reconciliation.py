@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass, field, replace
 from datetime import datetime  # noqa: TC003  of records that msgspec reads
 from decimal import Decimal
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID  # noqa: TC003
 
 from metering.events import TOKEN_FIELDS, TokenUsage
@@ -21,7 +21,9 @@ __all__ = [
     "Correction",
     "ExpiredHold",
     "Judgement",
+    "Reconciliation",
     "RunFacts",
+    "RunVerdict",
     "Tolerance",
     "TracedModel",
     "Verdict",
@@ -146,6 +148,47 @@ class Judgement:
     verdict: Verdict
     reason: str = ""
     corrections: tuple[Correction, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reconciliation:
+    """One comparison of a period."""
+
+    number: int
+    period: str
+    made_at: datetime
+    events_to: int
+    spans_to: int
+    """Watermarks of the warehouse that was compared."""
+    tolerance: Tolerance
+    runs: Mapping[str, Mapping[str, int]]
+    """Runs by account (`` where it is not known), and by what they were found to be."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunVerdict:
+    """A run that does not agree, and what would put it right."""
+
+    number: int
+    """Within its reconciliation, from 1."""
+    account: str | None
+    run_id: str
+    verdict: Verdict
+    reason: str
+    state: str
+    """Of `RunFacts`: corrections are refused once it is another one."""
+    amount: Decimal | None
+    """What the corrections add to the account's bill, in `currency`, before any minimum and rounding; where they change
+    nothing, what taking the run back would: money that nothing proves. None where no price tells.
+    """
+    currency: str | None
+    cost: Decimal | None
+    """The same of what the provider charges, in USD."""
+    evidence: Mapping[str, Any]
+    """`billed` and `traced` counts by model, `events` and `holds` by id."""
+    corrections: tuple[Correction, ...]
+    applied_at: datetime | None = None
+    applied_by: str | None = None
 
 
 def judge(run: RunFacts, tolerance: Tolerance, *, usual_line: str | None = None) -> Judgement:

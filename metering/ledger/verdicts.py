@@ -2,65 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from datetime import datetime  # noqa: TC003  of records
-from decimal import Decimal  # noqa: TC003
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import sqlalchemy as sa
 
-from metering.billing.reconciliation import Correction, Tolerance, Verdict
+from metering.billing.reconciliation import Correction, Reconciliation, RunVerdict, Tolerance
 from metering.errors import UnknownReconciliation
 from metering.ledger.schema import reconciliations, verdicts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from datetime import datetime
 
-__all__ = ["Reconciliation", "RunVerdict", "accepted", "find", "record", "verdicts_of"]
+__all__ = ["accepted", "find", "record", "verdicts_of"]
 
 _corrections = msgspec.json.Decoder(tuple[Correction, ...])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reconciliation:
-    """One comparison of a period."""
-
-    number: int
-    period: str
-    made_at: datetime
-    events_to: int
-    spans_to: int
-    """Watermarks of the warehouse that was compared."""
-    tolerance: Tolerance
-    runs: Mapping[str, Mapping[str, int]]
-    """Runs by account (`` where it is not known), and by what they were found to be."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunVerdict:
-    """A run that does not agree, and what would put it right."""
-
-    number: int
-    """Within its reconciliation, from 1."""
-    account: str | None
-    run_id: str
-    verdict: Verdict
-    reason: str
-    state: str
-    """Of `RunFacts`: corrections are refused once it is another one."""
-    amount: Decimal | None
-    """What the corrections add to the account's bill, in `currency`, before any minimum and rounding; where they change
-    nothing, what taking the run back would: money that nothing proves. None where no price tells.
-    """
-    currency: str | None
-    cost: Decimal | None
-    """The same of what the provider charges, in USD."""
-    evidence: Mapping[str, Any]
-    """`billed` and `traced` counts by model, `events` and `holds` by id."""
-    corrections: tuple[Correction, ...]
-    applied_at: datetime | None = None
-    applied_by: str | None = None
 
 
 def record(

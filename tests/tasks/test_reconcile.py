@@ -18,7 +18,7 @@ from tasks.reconcile import reconcile
 from tests.tasks.place import COSTED_AT, NOVEMBER, PERIOD, Place, event
 
 if TYPE_CHECKING:
-    from metering.ledger.verdicts import Reconciliation, RunVerdict
+    from metering.billing.reconciliation import Reconciliation, RunVerdict
 
 PLANS = """
 [plans.metered]
