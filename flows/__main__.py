@@ -18,6 +18,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+reconcile = typer.Typer(help="What reconciliations propose.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(reconcile, name="reconcile")
+
 Period = Annotated[
     str | None, typer.Option(help="The month the billing periods start in, YYYY-MM; last month unless said.")
 ]
@@ -68,6 +71,47 @@ def rebuild() -> None:
     from flows.rebuild import rebuild as flow
 
     sys.exit(call(flow))
+
+
+@app.command("reconcile-tokens")
+def reconcile_tokens(
+    period: Annotated[
+        str | None,
+        typer.Option(help="The month the billing periods start in, YYYY-MM; unless said, last month and this."),
+    ] = None,
+    tolerance_tokens: Annotated[int, typer.Option(help="By how many tokens a count may differ.")] = 2,
+    tolerance_percent: Annotated[str, typer.Option(help="Or by how much of what was traced.")] = "0.1",
+) -> None:
+    """Compare what was billed with what was traced, run by run, and propose corrections."""
+    from flows.reconcile_tokens import reconcile_tokens as flow
+
+    sys.exit(call(flow, period=period, tolerance_tokens=tolerance_tokens, tolerance_percent=tolerance_percent))
+
+
+@reconcile.command("apply")
+def reconcile_apply(
+    reconciliation: Annotated[int, typer.Argument(metavar="RUN", help="The number of a reconciliation.")],
+    actor: Annotated[str | None, typer.Option(help="Who, for the ledger; the system's user unless said.")] = None,
+) -> None:
+    """Book the corrections that a reconciliation proposed, each run's once; says which are refused, and why."""
+    from flows.places import Places
+    from metering.cli.shared import actor as user
+    from metering.clock import utc_now
+    from tasks.reconcile import apply_reconciliation
+
+    refused: list[str] = []
+
+    def book() -> dict[str, int]:
+        outcome = apply_reconciliation(
+            Places.from_env().ledger_url, reconciliation, actor=actor or user(), now=utc_now()
+        )
+        refused.extend(outcome.refused)
+        return {"booked": outcome.booked, "booked_before": outcome.booked_before, "refused": len(refused)}
+
+    status = call(book)
+    for reason in refused:
+        print(reason, file=sys.stderr)
+    sys.exit(status or (1 if refused else 0))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The main job: aggregate what was recorded, then bill one period."""
+"""The main job: aggregate what was recorded, reconcile it where a plan asks for that, then bill one period."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from prefect import flow
 from flows.aggregate_usage import aggregate_usage
 from flows.bill_period import bill_period
 from flows.command import run
-from flows.places import billed_month
+from flows.places import Places, billed_month
+from flows.reconcile_tokens import reconcile_period
 from metering.clock import utc_now
+from tasks.reconcile import is_asked_for
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,8 +26,12 @@ def billing_cycle(period: str | None = None) -> Path:
 
     Raises what they raise; a period that is not a month before anything is done.
     """
-    month = billed_month(period, utc_now())
+    now = utc_now()
+    month = billed_month(period, now)
     aggregate_usage()
+    places = Places.from_env()
+    if is_asked_for(places.ledger_url, month):
+        reconcile_period(places, month, now)
     return bill_period(month)
 
 

@@ -16,11 +16,33 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from datetime import date, datetime
 
-__all__ = ["amount", "cut", "day", "days_of", "exact_sum", "money", "number", "percent", "plain", "rounded", "short"]
+__all__ = [
+    "amount",
+    "cell",
+    "cut",
+    "day",
+    "days_of",
+    "exact_sum",
+    "money",
+    "number",
+    "percent",
+    "plain",
+    "rounded",
+    "short",
+]
 
 LOCALE = "en_US"
 MAX_SHOWN_PLACES = 12
 """A quotient that never ends has 40 decimals; a page shows the first of them."""
+
+# What spreadsheets take for the start of a formula, or skip on their way to one (OWASP, CSV injection).
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
+
+
+def cell(value: str | None) -> str:
+    """A text that no spreadsheet executes."""
+    value = value or ""
+    return f"'{value}" if value.startswith(_FORMULA_STARTS) else value
 
 
 def plain(value: int | Decimal, places: int = 0) -> str:

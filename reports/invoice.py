@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from metering.billing.money import minor_digits
-from reports.formats import exact_sum, plain
+from reports.formats import cell, exact_sum, plain
 from reports.pages import page
 from reports.rates import rate_words
 
@@ -32,8 +32,6 @@ CSV_COLUMNS = (
     "amount",
     "currency",
 )
-# What spreadsheets take for the start of a formula, or skip on their way to one (OWASP, CSV injection).
-_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
 def invoice_html(invoice: Invoice) -> str:
@@ -59,23 +57,18 @@ def invoice_csv(invoice: Invoice) -> str:
 def _csv_row(invoice: Invoice, item: InvoiceItem) -> tuple[str, ...]:
     digits = minor_digits(invoice.currency)
     return (
-        _text(invoice.reference),
-        _text(invoice.account),
-        _text(invoice.period),
-        _text(item.item_id),
-        _text(item.description),
-        _text(item.line),
-        _text(item.metric),
+        cell(invoice.reference),
+        cell(invoice.account),
+        cell(invoice.period),
+        cell(item.item_id),
+        cell(item.description),
+        cell(item.line),
+        cell(item.metric),
         "" if item.quantity is None else plain(item.quantity),
         plain(item.exact_amount),
         plain(item.amount, digits),
-        _text(invoice.currency),
+        cell(invoice.currency),
     )
-
-
-def _text(value: str | None) -> str:
-    value = value or ""
-    return f"'{value}" if value.startswith(_FORMULA_STARTS) else value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -19,15 +18,14 @@ from metering.errors import InvalidPlan, MeteringError, UnpricedUsage
 from metering.events import TOKEN_FIELDS
 from metering.ledger import Ledger, plan_versions
 from metering.windows import period_of_month
-from reports.files import write_atomically
 from reports.invoice import invoice_csv, invoice_html
 from reports.summary import AccountRow, ModelRow, PeriodSummary, UsageDay, summary_html
 from tasks.costs import knows_price, price_version
-from tasks.errors import ReportError
-from tasks.warehouse import check_recost, lease, newest_recost, open_for_reading, sql
+from tasks.out import period_folder, write_file
+from tasks.warehouse import check_recost, newest_recost, open_for_reading, sql
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     import duckdb
@@ -60,11 +58,11 @@ def write_invoices(ledger_url: str, warehouse: Path, out: Path, period: str) -> 
         check_recost(connection, _newest_recost(ledger_url))
         usage = usage_sums(connection, period)
     bills = build_bills(ledger_url, usage, period)
-    with _folder(out, period) as folder:
+    with period_folder(out, period) as folder:
         current = set()
         for invoice in bills.invoices:
             for name, content in invoice_files(invoice).items():
-                _write(folder / "invoices" / name, content)
+                write_file(folder / "invoices" / name, content)
                 current.add(name)
         for path in (folder / "invoices").iterdir():
             if path.name not in current:
@@ -78,7 +76,7 @@ def write_index(warehouse: Path, out: Path, period: str, problems: list[tuple[st
     with open_for_reading(warehouse) as connection:
         days = tuple(UsageDay(**row) for row in _rows(connection, "usage_by_day", period))
         models = tuple(ModelRow(**row) for row in _rows(connection, "usage_by_model", period))
-    with _folder(out, period) as folder:
+    with period_folder(out, period) as folder:
         invoices = [Invoice.from_json(path.read_bytes()) for path in (folder / "invoices").glob("*.json")]
         summary = PeriodSummary(
             period=period,
@@ -88,7 +86,7 @@ def write_index(warehouse: Path, out: Path, period: str, problems: list[tuple[st
             problems=tuple((account, reason) for account, reason in problems),
         )
         page = folder / "index.html"
-        _write(page, summary_html(summary))
+        write_file(page, summary_html(summary))
     return page
 
 
@@ -182,27 +180,6 @@ def _newest_recost(ledger_url: str) -> int:
             return newest_recost([tuple(row) for row in connection.exec_driver_sql(sql("newest_recost"))])
     finally:
         ledger.close()
-
-
-@contextmanager
-def _folder(out: Path, period: str) -> Iterator[Path]:
-    """The folder of a period's reports, for one writer at a time, without what a killed one left in the middle."""
-    folder = out / period
-    try:
-        with lease(folder, exclusive=True):
-            (folder / "invoices").mkdir(parents=True, exist_ok=True)
-            for path in folder.rglob(".*.tmp"):
-                path.unlink()
-            yield folder
-    except OSError as exc:
-        raise ReportError(folder, exc) from exc
-
-
-def _write(path: Path, content: str | bytes) -> None:
-    try:
-        write_atomically(path, content)
-    except OSError as exc:
-        raise ReportError(path, exc) from exc
 
 
 def _rows(connection: duckdb.DuckDBPyConnection, query: str, period: str) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, localcontext
@@ -17,6 +17,7 @@ from metering.billing.money import EXACT
 from metering.billing.reconciliation import (
     BilledEvent,
     ExpiredHold,
+    Reconciliation,
     RunFacts,
     RunVerdict,
     Tolerance,
@@ -25,14 +26,17 @@ from metering.billing.reconciliation import (
 )
 from metering.billing.stakes import Stakes
 from metering.checks import MAX_TOKENS
-from metering.corrections import standing
+from metering.corrections import apply_verdict, standing
+from metering.errors import CorrectionConflict
 from metering.events import TOKEN_FIELDS, TokenUsage
-from metering.ledger import Ledger, plan_versions, verdicts
+from metering.ledger import Ledger, admin_log, plan_versions, verdicts
 from metering.ledger.schema import holds
 from metering.windows import Window, period_of_month
+from reports.reconciliation import corrections_csv, corrections_json, reconciliation_html, verdicts_csv
 from tasks.bills import INSTANT, usage_sums
 from tasks.costs import provider_cost
 from tasks.models import canonical_model
+from tasks.out import period_folder, write_file
 from tasks.warehouse import open_for_reading, sql
 
 if TYPE_CHECKING:
@@ -45,7 +49,7 @@ if TYPE_CHECKING:
     from metering.billing.reconciliation import Judgement
     from metering.ledger.plan_versions import PlanVersion
 
-__all__ = ["reconcile", "reconcile_runs"]
+__all__ = ["Outcome", "apply_reconciliation", "is_asked_for", "reconcile", "reconcile_runs", "write_reconciliation"]
 
 MOST_JUDGED = 50_000
 """Runs that are looked at one by one; where more differ, those of most tokens."""
@@ -105,6 +109,87 @@ def reconcile(ledger_url: str, warehouse: Path, period: str, *, now: datetime, t
                 runs=counts,
                 found=found,
             )
+    finally:
+        ledger.close()
+
+
+def is_asked_for(ledger_url: str, period: str) -> bool:
+    """Whether the plan of any account asks for its runs to be reconciled."""
+    ledger = Ledger(ledger_url)
+    try:
+        with ledger.read() as connection:
+            return bool(_Known.of(connection, period).asked)
+    finally:
+        ledger.close()
+
+
+@task
+def write_reconciliation(ledger_url: str, out: Path, number: int) -> tuple[Path, Reconciliation, list[RunVerdict]]:
+    """Write a reconciliation's page and files to review under `out`; its page, and what they say.
+
+    Raises `UnknownReconciliation`, `ReportError`.
+    """
+    reconciliation, found = _read(ledger_url, number)
+    files = {
+        "reconciliation.html": reconciliation_html(reconciliation, found),
+        "reconciliation.csv": verdicts_csv(reconciliation, found),
+        "corrections.csv": corrections_csv(reconciliation, found),
+        "corrections.json": corrections_json(reconciliation, found),
+    }
+    with period_folder(out, reconciliation.period) as folder:
+        for name, content in files.items():
+            write_file(folder / name, content)
+    return folder / "reconciliation.html", reconciliation, found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of the corrections of a reconciliation, in runs."""
+
+    booked: int = 0
+    booked_before: int = 0
+    refused: tuple[str, ...] = ()
+    """Why each other one was not booked."""
+
+
+def apply_reconciliation(ledger_url: str, number: int, *, actor: str, now: datetime) -> Outcome:
+    """Book all that a reconciliation proposes, each run in a transaction of its own; a run once, whatever is killed.
+
+    Raises `UnknownReconciliation`.
+    """
+    _, found = _read(ledger_url, number)
+    booked, refused = Counter[bool](), []
+    ledger = Ledger(ledger_url)
+    try:
+        for verdict in found:
+            if verdict.applied_at is not None:
+                booked[False] += 1
+                continue
+            try:
+                booked[apply_verdict(ledger, verdict, reconciliation=number, actor=actor, now=now)] += 1
+            except CorrectionConflict as exc:
+                refused.append(str(exc))
+        if booked[True]:
+            with ledger.write() as connection:
+                admin_log.note(
+                    connection,
+                    at=now,
+                    actor=actor,
+                    action="reconciliation.apply",
+                    subject=str(number),
+                    booked=booked[True],
+                    refused=len(refused),
+                )
+    finally:
+        ledger.close()
+    return Outcome(booked=booked[True], booked_before=booked[False], refused=tuple(refused))
+
+
+def _read(ledger_url: str, number: int) -> tuple[Reconciliation, list[RunVerdict]]:
+    ledger = Ledger(ledger_url)
+    try:
+        with ledger.read() as connection:
+            return verdicts.find(connection, number), verdicts.verdicts_of(connection, number)
     finally:
         ledger.close()
 

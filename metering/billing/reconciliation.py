@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from datetime import datetime  # noqa: TC003  of records that msgspec reads
 from decimal import Decimal
@@ -162,7 +163,16 @@ class Reconciliation:
     """Watermarks of the warehouse that was compared."""
     tolerance: Tolerance
     runs: Mapping[str, Mapping[str, int]]
-    """Runs by account (`` where it is not known), and by what they were found to be."""
+    """Runs by account (empty where it is not known), and by what they were found to be: a verdict, or `accepted`,
+    `pending` (heard of too recently, or held still) or `not judged` (too many differ).
+    """
+
+    def totals(self) -> dict[str, int]:
+        """Runs of all accounts by what they were found to be."""
+        total: Counter[str] = Counter()
+        for counts in self.runs.values():
+            total.update(counts)
+        return dict(sorted(total.items()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,324 @@
+"""A reconciliation as a page for people, and as files to review before anything is booked."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+from metering.billing.reconciliation import VERDICTS
+from metering.events import TOKEN_FIELDS
+from reports.formats import cell, exact_sum, number, plain
+from reports.pages import page
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from metering.billing.reconciliation import Correction, Reconciliation, RunVerdict
+
+__all__ = [
+    "corrections_csv",
+    "corrections_json",
+    "reconciliation_html",
+    "summary_markdown",
+    "verdict_rows",
+    "verdicts_csv",
+]
+
+SHOWN = 500
+"""Runs on the page, those of most money first; the CSV has all."""
+
+OTHER_STATES = ("accepted", "pending", "not judged")
+
+VERDICT_COLUMNS = (
+    "reconciliation",
+    "number",
+    "verdict",
+    "account",
+    "run_id",
+    "billed_tokens",
+    "traced_tokens",
+    "amount",
+    "currency",
+    "cost_usd",
+    "reason",
+    "events",
+    "holds",
+)
+CORRECTION_COLUMNS = (
+    "reconciliation",
+    "number",
+    "verdict",
+    "account",
+    "run_id",
+    "action",
+    "event_id",
+    "line",
+    "provider",
+    "model",
+    *TOKEN_FIELDS,
+    "occurred_at",
+    "reason",
+    "evidence",
+)
+
+
+def reconciliation_html(reconciliation: Reconciliation, found: Sequence[RunVerdict]) -> str:
+    """One self-contained page: what agrees, what does not, the money at stake, and the runs it is at stake in."""
+    total = Counter(reconciliation.totals())
+    runs = sorted(found, key=_by_money)
+    return page(
+        "reconciliation.html",
+        reconciliation=reconciliation,
+        total=total,
+        differing=sum(total[name] for name in VERDICTS if name != "matched") + total["not judged"],
+        verdicts=[name for name in VERDICTS if name != "matched"],
+        others=[name for name in OTHER_STATES if total[name]],
+        stakes=_stakes(found),
+        accounts=_accounts(reconciliation, found),
+        runs=[(verdict, billed_tokens(verdict), traced_tokens(verdict), _steps(verdict)) for verdict in runs[:SHOWN]],
+        left_out=len(runs) - SHOWN,
+    )
+
+
+def _by_money(verdict: RunVerdict) -> tuple[Decimal, Decimal, int]:
+    zero = Decimal(0)
+    return -abs(verdict.cost or zero), -abs(verdict.amount or zero), verdict.number
+
+
+def verdicts_csv(reconciliation: Reconciliation, found: Iterable[RunVerdict]) -> str:
+    """A row for each run that differs, under `VERDICT_COLUMNS`."""
+    return _csv(
+        VERDICT_COLUMNS,
+        (
+            (
+                str(reconciliation.number),
+                str(verdict.number),
+                verdict.verdict,
+                cell(verdict.account),
+                cell(verdict.run_id),
+                str(billed_tokens(verdict)),
+                str(traced_tokens(verdict)),
+                _plain(verdict.amount),
+                verdict.currency or "",
+                _plain(verdict.cost),
+                cell(verdict.reason),
+                " ".join(verdict.evidence["events"]),
+                " ".join(verdict.evidence["holds"]),
+            )
+            for verdict in found
+        ),
+    )
+
+
+def corrections_csv(reconciliation: Reconciliation, found: Iterable[RunVerdict]) -> str:
+    """A row for each step that is proposed, under `CORRECTION_COLUMNS`; with the counts that are billed after it."""
+    return _csv(
+        CORRECTION_COLUMNS,
+        (
+            (
+                str(reconciliation.number),
+                str(verdict.number),
+                verdict.verdict,
+                cell(verdict.account),
+                cell(verdict.run_id),
+                step.action,
+                "" if step.event_id is None else str(step.event_id),
+                cell(step.line),
+                cell(step.provider),
+                cell(step.model),
+                *("" if step.action == "accept" else str(count) for count in step.usage.counts()),
+                "" if step.occurred_at is None else step.occurred_at.isoformat(),
+                cell(verdict.reason),
+                json.dumps(verdict.evidence, sort_keys=True),
+            )
+            for verdict in found
+            for step in verdict.corrections
+        ),
+    )
+
+
+def corrections_json(reconciliation: Reconciliation, found: Iterable[RunVerdict]) -> str:
+    """The same as one document: each run with its reason, evidence, money at stake, and steps."""
+    document = {
+        "reconciliation": reconciliation.number,
+        "period": reconciliation.period,
+        "made_at": reconciliation.made_at.isoformat(),
+        "tolerance": {
+            "tokens": reconciliation.tolerance.tokens,
+            "percent": plain(reconciliation.tolerance.percent),
+        },
+        "runs": reconciliation.runs,
+        "differing": [
+            {
+                "number": verdict.number,
+                "verdict": verdict.verdict,
+                "account": verdict.account,
+                "run_id": verdict.run_id,
+                "reason": verdict.reason,
+                "amount": None if verdict.amount is None else plain(verdict.amount),
+                "currency": verdict.currency,
+                "cost_usd": None if verdict.cost is None else plain(verdict.cost),
+                "evidence": verdict.evidence,
+                "corrections": [_step(step) for step in verdict.corrections],
+            }
+            for verdict in found
+        ],
+    }
+    return json.dumps(document, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
+
+
+def summary_markdown(reconciliation: Reconciliation, found: Sequence[RunVerdict]) -> str:
+    """What was found, in a few lines of Markdown."""
+    lines = [f"Reconciliation {reconciliation.number} of {reconciliation.period}: runs by verdict", ""]
+    lines += [f"- {name}: {count:,}" for name, count in reconciliation.totals().items()] or ["- no runs"]
+    for stake in _stakes(found):
+        lines.append(
+            f"- money at stake in {stake.currency}: {plain(stake.owed)} not billed so far, {plain(stake.overbilled)} "
+            f"billed too much, {plain(stake.unproven)} billed without a trace"
+        )
+    if found:
+        lines += ["", f"Book what is proposed: `python -m flows reconcile apply {reconciliation.number}`"]
+    return "\n".join(lines)
+
+
+def verdict_rows(found: Sequence[RunVerdict]) -> list[dict[str, str]]:
+    """The runs of most money, for a table."""
+    return [
+        {
+            "run": verdict.run_id,
+            "account": verdict.account or "",
+            "verdict": verdict.verdict,
+            "at stake": "" if verdict.amount is None else f"{plain(verdict.amount)} {verdict.currency}",
+            "cost, USD": _plain(verdict.cost),
+            "why": verdict.reason,
+        }
+        for verdict in sorted(found, key=_by_money)[:SHOWN]
+    ]
+
+
+def billed_tokens(verdict: RunVerdict) -> int:
+    """Of all models."""
+    return _tokens(verdict.evidence["billed"])
+
+
+def traced_tokens(verdict: RunVerdict) -> int:
+    """Of all models, nothing twice."""
+    return _tokens(verdict.evidence["traced"])
+
+
+def _tokens(counts: Iterable[dict[str, Any]]) -> int:
+    return sum(row["input_tokens"] + row["output_tokens"] for row in counts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stake:
+    """Money at stake in one currency: at the plans' rates."""
+
+    currency: str
+    owed: Decimal
+    """Not billed so far."""
+    overbilled: Decimal
+    unproven: Decimal
+    """Billed, and nothing was traced of it."""
+
+
+def _stakes(found: Iterable[RunVerdict]) -> list[_Stake]:
+    by_currency: dict[str, list[RunVerdict]] = {}
+    for verdict in found:
+        if verdict.currency is not None:
+            by_currency.setdefault(verdict.currency, []).append(verdict)
+    return [
+        _Stake(
+            currency=currency,
+            owed=exact_sum(max(Decimal(0), verdict.amount or Decimal(0)) for verdict in verdicts),
+            overbilled=exact_sum(
+                max(Decimal(0), -(verdict.amount or Decimal(0))) for verdict in verdicts if not _is_accepted(verdict)
+            ),
+            unproven=exact_sum(
+                max(Decimal(0), -(verdict.amount or Decimal(0))) for verdict in verdicts if _is_accepted(verdict)
+            ),
+        )
+        for currency, verdicts in sorted(by_currency.items())
+    ]
+
+
+def _is_accepted(verdict: RunVerdict) -> bool:
+    return any(step.action == "accept" for step in verdict.corrections)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Account:
+    """What one account's runs were found to be."""
+
+    account: str
+    """Empty where it is not known."""
+    counts: Counter[str]
+    stake: _Stake | None
+    cost: Decimal
+    """USD of the provider that the corrections add; of those whose price is known."""
+
+
+def _accounts(reconciliation: Reconciliation, found: Iterable[RunVerdict]) -> list[_Account]:
+    by_account: dict[str, list[RunVerdict]] = {account: [] for account in reconciliation.runs}
+    for verdict in found:
+        by_account.setdefault(verdict.account or "", []).append(verdict)
+    rows = [
+        _Account(
+            account=account,
+            counts=Counter(reconciliation.runs.get(account, {})),
+            stake=next(iter(_stakes(verdicts)), None),
+            cost=exact_sum(
+                verdict.cost for verdict in verdicts if verdict.cost is not None and not _is_accepted(verdict)
+            ),
+        )
+        for account, verdicts in by_account.items()
+    ]
+    return sorted(rows, key=lambda row: (-sum(row.counts[name] for name in VERDICTS[1:]), row.account))
+
+
+def _steps(verdict: RunVerdict) -> str:
+    """What is proposed, for people."""
+    said = []
+    for step in verdict.corrections:
+        tokens = number(step.usage.total_tokens)
+        match step.action:
+            case "accept":
+                said.append("accept as it is")
+            case "add":
+                said.append(
+                    f"bill {tokens} tokens of {step.model or 'no model'} on {step.line or 'a line to be named'}"
+                )
+            case "replace":
+                said.append(f"bill {tokens} tokens of {step.model or 'no model'} in place of {step.event_id}")
+            case "take_back":
+                said.append(f"take {step.event_id} back")
+    return "; ".join(said)
+
+
+def _step(step: Correction) -> dict[str, Any]:
+    return {
+        "action": step.action,
+        "event_id": None if step.event_id is None else str(step.event_id),
+        "line": step.line,
+        "provider": step.provider,
+        "model": step.model,
+        "usage": None if step.action == "accept" else step.usage.to_dict(),
+        "occurred_at": None if step.occurred_at is None else step.occurred_at.isoformat(),
+    }
+
+
+def _plain(value: Decimal | None) -> str:
+    return "" if value is None else plain(value)
+
+
+def _csv(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\r\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return out.getvalue()
