@@ -101,6 +101,7 @@ ANTHROPIC = Provider(
     name="anthropic",
     url="https://api.anthropic.com",
     key_variable="ANTHROPIC_ADMIN_KEY",
+    key_kind="an admin key",
     headers=lambda key: {"x-api-key": key, "anthropic-version": VERSION},
     reports=(
         _report("usage", "usage_report/messages", MESSAGES, _messages),

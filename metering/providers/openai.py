@@ -102,6 +102,7 @@ OPENAI = Provider(
     name="openai",
     url="https://api.openai.com",
     key_variable="OPENAI_ADMIN_KEY",
+    key_kind="an admin key",
     headers=lambda key: {"authorization": f"Bearer {key}"},
     reports=(
         _report("usage", "usage/completions", COMPLETIONS, _completions),

@@ -65,6 +65,7 @@ OPENROUTER = Provider(
     name="openrouter",
     url="https://openrouter.ai",
     key_variable="OPENROUTER_MANAGEMENT_KEY",
+    key_kind="a management key",
     headers=lambda key: {"authorization": f"Bearer {key}"},
     reports=(
         Report(

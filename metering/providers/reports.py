@@ -144,6 +144,8 @@ class Provider:
     """Where its API is, unless it is said otherwise."""
     key_variable: str
     """The environment variable that holds the key."""
+    key_kind: str
+    """What key that is, for messages."""
     headers: Callable[[str], Mapping[str, str]]
     """What goes with each question; the argument is the key."""
     reports: tuple[Report, ...]
