@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -63,6 +64,35 @@ def drain_events() -> None:
     from flows.drain_events import drain_events as flow
 
     sys.exit(call(flow))
+
+
+@app.command("pull-reports")
+def pull_reports(
+    provider: Annotated[str | None, typer.Option(help="One provider; all whose key is set unless said.")] = None,
+    start: Annotated[str | None, typer.Option(help="The first UTC day; the first of last month unless said.")] = None,
+    end: Annotated[str | None, typer.Option(help="The first UTC day not to ask for; today unless said.")] = None,
+) -> None:
+    """Pull what providers report of usage and costs into the ledger."""
+    from flows.pull_reports import pull_reports as flow
+
+    sys.exit(call(flow, provider=provider, start=start, end=end))
+
+
+@app.command("import-report")
+def import_report(
+    files: Annotated[list[Path], typer.Argument(help="Saved answers: a page, a list of pages, or a page a line.")],
+    provider: Annotated[str, typer.Option(help="Whose: openai, anthropic or openrouter.")],
+    report: Annotated[str, typer.Option(help="Which: usage, embeddings or cost.")],
+    organization: Annotated[str, typer.Option(help="A name for the provider's account.")] = "default",
+) -> None:
+    """Import saved answers of a provider's report API into the ledger."""
+    from flows.places import Places
+    from tasks.provider_reports import import_reports
+
+    def import_all() -> dict[str, int]:
+        return import_reports(Places.from_env().ledger_url, files, provider, report, organization=organization)
+
+    sys.exit(call(import_all))
 
 
 @app.command()

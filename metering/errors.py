@@ -5,6 +5,7 @@ MeteringError
 │   └── InvalidUsage        token counts that cannot be
 ├── InvalidSetting          a setting or an argument that cannot be used (also a ValueError)
 ├── InvalidFile             a file that cannot be imported
+├── InvalidReport           a provider's report that says something else than it should (also a ValueError)
 ├── InvalidPlan             plans.toml, or a plan in it, cannot be used (also a ValueError)
 ├── AmbiguousRate           two rates claim the same usage
 ├── UnpricedUsage           a cost-plus rate meets usage whose provider cost is not known
@@ -46,6 +47,7 @@ __all__ = [
     "InvalidEvent",
     "InvalidFile",
     "InvalidPlan",
+    "InvalidReport",
     "InvalidSetting",
     "InvalidUsage",
     "LedgerError",
@@ -91,6 +93,10 @@ class InvalidUsage(InvalidEvent):
 
 class InvalidSetting(_FieldError):
     """A setting or an argument that cannot be used."""
+
+
+class InvalidReport(_FieldError):
+    """A provider's report of usage or costs that says something else than it should. `field` is the place in it."""
 
 
 class InvalidFile(MeteringError):

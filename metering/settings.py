@@ -1,15 +1,16 @@
-"""Settings: `METERING_*` variables, or the same names in a `.env` file of the working folder."""
+"""Settings: `METERING_*` variables and providers' keys, or the same names in a `.env` file of the working folder."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dotenv import dotenv_values
 
 from metering.errors import InvalidSetting
+from metering.providers import PROVIDERS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,6 +40,10 @@ class Settings:
     """METERING_ALLOW_EVICTION: 1 accepts a Redis that may throw counters away when its memory is full."""
     key_pepper: str | None = None
     """METERING_KEY_PEPPER: a secret mixed into the digests of API keys. Changing it makes every key unknown."""
+    provider_keys: Mapping[str, str] = field(default_factory=dict)
+    """OPENAI_ADMIN_KEY, ANTHROPIC_ADMIN_KEY, OPENROUTER_MANAGEMENT_KEY: what providers give their reports for."""
+    provider_urls: Mapping[str, str] = field(default_factory=dict)
+    """METERING_OPENAI_URL, METERING_ANTHROPIC_URL, METERING_OPENROUTER_URL: where a provider's API is instead."""
 
     def __repr__(self) -> str:
         return f"Settings(home={str(self.home)!r}, ledger_url={self.ledger_url!r}, warehouse={str(self.warehouse)!r})"
@@ -81,7 +86,30 @@ class Settings:
             quota_timeout_s=0.25 if timeout_ms is None else timeout_ms / 1000,
             allow_eviction=allow_eviction == "1",
             key_pepper=environ.get("METERING_KEY_PEPPER") or None,
+            provider_keys=_provider_keys(environ),
+            provider_urls=_provider_urls(environ),
         )
+
+
+def _provider_keys(environ: Mapping[str, str]) -> dict[str, str]:
+    keys = {name: environ.get(provider.key_variable, "").strip() for name, provider in PROVIDERS.items()}
+    for name, key in keys.items():
+        if not key.isascii() or not key.isprintable() or " " in key:
+            # A header cannot hold it, and the error that says so would show it.
+            raise InvalidSetting(PROVIDERS[name].key_variable, "(not shown)", "a key: ASCII without blanks")
+    return {name: key for name, key in keys.items() if key}
+
+
+def _provider_urls(environ: Mapping[str, str]) -> dict[str, str]:
+    urls = {}
+    for name in PROVIDERS:
+        variable = f"METERING_{name.upper()}_URL"
+        url = environ.get(variable)
+        if url and not url.startswith(("http://", "https://")):
+            raise InvalidSetting(variable, url, "http:// or https://")
+        if url:
+            urls[name] = url
+    return urls
 
 
 def _milliseconds(name: str, value: str | None) -> int | None:

@@ -3,6 +3,7 @@
 JobError
 ├── WarehouseError      the warehouse cannot be used
 ├── ReportError         a report cannot be written
+├── ProviderError       a provider's report cannot be had
 └── AccountsNotBilled   every other account's invoice is there
 """
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-__all__ = ["AccountsNotBilled", "JobError", "ReportError", "WarehouseError"]
+__all__ = ["AccountsNotBilled", "JobError", "ProviderError", "ReportError", "WarehouseError"]
 
 
 class JobError(Exception):
@@ -31,6 +32,15 @@ class ReportError(JobError):
     def __init__(self, path: Path, cause: OSError) -> None:
         super().__init__(f"{path}: cannot be written: {cause.strerror or cause}")
         self.path = path
+
+
+class ProviderError(JobError):
+    """A provider's report cannot be had. What was pulled before stands, and the next pull goes on from there."""
+
+    def __init__(self, provider: str, problem: str) -> None:
+        super().__init__(f"{provider}: {problem}")
+        self.provider = provider
+        self.problem = problem
 
 
 class AccountsNotBilled(JobError):

@@ -13,6 +13,7 @@ from hypothesis import settings
 
 from metering.ledger import Ledger
 from metering.meter import Meter
+from metering.providers import PROVIDERS
 from tests.servers import PostgresServer
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class Clock:
 def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("METERING_")]:
         monkeypatch.delenv(name)
+    for provider in PROVIDERS.values():
+        monkeypatch.delenv(provider.key_variable, raising=False)
     monkeypatch.chdir(tmp_path)
 
 

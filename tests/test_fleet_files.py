@@ -26,6 +26,7 @@ import metering.settings
 from metering import Meter
 from metering.cli import app
 from metering.history import histories_of
+from metering.providers import PROVIDERS
 from metering.settings import Settings
 from tests.servers import HOST, PostgresServer, RedisServer, free_port, wait_until
 
@@ -142,7 +143,8 @@ def test_settings_are_known_and_name_the_services() -> None:
     for name in OURS:
         environment = filled(SERVICES[name]["environment"])
         assert {key for key in environment if key.startswith("METERING_")} <= known
-        assert all(key.startswith(("METERING_", "PREFECT_")) or (name, key) == ("worker", "PWD") for key in environment)
+        own = {"PWD", *(provider.key_variable for provider in PROVIDERS.values())} if name == "worker" else set()
+        assert {key for key in environment if not key.startswith(("METERING_", "PREFECT_"))} == own
         hosts = re.findall(r"[@/](\w+):\d+", " ".join(environment.values()))
         assert hosts
         assert set(hosts) <= set(SERVICES)

@@ -478,7 +478,7 @@ provider_usage = Table(
 )
 """What a provider reports of one UTC day: a row for each combination of what it is grouped by, `dimensions` as JSON.
 
-`report` is `usage` or `cost`; `cost` is in USD. NULL is what the provider does not say.
+`report` is `usage`, `embeddings` or `cost`; `cost` is in USD. NULL is what the provider does not say.
 """
 
 provider_pulls = Table(

@@ -38,6 +38,9 @@ def test_every_setting_is_read() -> None:
             "METERING_KEY_PEPPER": "salt",
             "METERING_QUOTA_URL": "",
             "METERING_ALLOW_EVICTION": "0",
+            "ANTHROPIC_ADMIN_KEY": "sk-ant-admin",
+            "OPENAI_ADMIN_KEY": "",
+            "METERING_OPENROUTER_URL": "http://localhost:8080",
         }
     )
     assert settings == Settings(
@@ -48,6 +51,8 @@ def test_every_setting_is_read() -> None:
         timeout_s=0.25,
         quota_timeout_s=0.25,
         key_pepper="salt",
+        provider_keys={"anthropic": "sk-ant-admin"},
+        provider_urls={"openrouter": "http://localhost:8080"},
     )
 
 
@@ -103,3 +108,17 @@ def test_a_file_that_cannot_be_read_is_named() -> None:
 
 def test_the_pepper_is_not_shown() -> None:
     assert "salt" not in repr(Settings(key_pepper="salt"))
+
+
+def test_a_providers_key_is_not_shown_nor_one_that_no_header_can_hold() -> None:
+    assert "sk-admin" not in repr(Settings(provider_keys={"openai": "sk-admin"}))
+    assert Settings.from_env({"OPENAI_ADMIN_KEY": " sk-admin\n"}).provider_keys == {"openai": "sk-admin"}
+    for key in ("sk-\n-admin", "sk-schlüssel", "sk admin"):
+        with pytest.raises(InvalidSetting, match=r"OPENAI_ADMIN_KEY: got '\(not shown\)', expected a key") as caught:
+            Settings.from_env({"OPENAI_ADMIN_KEY": key})
+        assert key not in str(caught.value)
+
+
+def test_the_address_of_a_provider_is_a_url() -> None:
+    with pytest.raises(InvalidSetting, match="METERING_OPENAI_URL: got 'localhost', expected http:// or https://"):
+        Settings.from_env({"METERING_OPENAI_URL": "localhost"})
