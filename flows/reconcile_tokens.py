@@ -48,12 +48,18 @@ def reconcile_tokens(
 def reconcile_period(places: Places, month: str, now: datetime, tolerance: Tolerance = USUAL) -> dict[str, Any]:
     """Within a flow: judge a month's runs, write the report, and publish a table and a summary."""
     number = reconcile_runs(places.ledger_url, places.warehouse, month, now, tolerance)
-    page, reconciliation, found = write_reconciliation(places.ledger_url, places.out, number)
-    create_table_artifact(verdict_rows(found), key=f"reconciliation-{month}", description="Runs that differ")
-    create_markdown_artifact(
-        summary_markdown(reconciliation, found), key=f"reconciliation-{month}-summary", description="What was found"
-    )
-    return {"reconciliation": number, **reconciliation.totals(), "page": str(page.absolute())}
+    found = write_reconciliation(places.ledger_url, places.warehouse, places.out, number)
+    key = f"reconciliation-{month}"
+    create_table_artifact(verdict_rows(found.verdicts), key=key, description="Runs that differ")
+    said = summary_markdown(found.reconciliation, found.verdicts, found.provider_days)
+    create_markdown_artifact(said, key=f"{key}-summary", description="What was found")
+    return {
+        "reconciliation": number,
+        **found.reconciliation.totals(),
+        "provider_days": len(found.provider_days),
+        "provider_days_off": sum(not day.agrees for day in found.provider_days),
+        "page": str(found.page.absolute()),
+    }
 
 
 def _months(period: str | None, now: datetime) -> Sequence[str]:

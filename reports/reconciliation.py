@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from metering.billing.reconciliation import VERDICTS
 from metering.events import TOKEN_FIELDS
+from metering.providers.reports import ALL_MODELS, COUNTS
 from reports.formats import cell, exact_sum, number, plain
 from reports.pages import page
 
@@ -19,10 +20,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from metering.billing.reconciliation import Correction, Reconciliation, RunVerdict
+    from metering.providers.reports import Counts, ProviderDay
 
 __all__ = [
     "corrections_csv",
     "corrections_json",
+    "providers_csv",
     "reconciliation_html",
     "summary_markdown",
     "verdict_rows",
@@ -49,6 +52,17 @@ VERDICT_COLUMNS = (
     "events",
     "holds",
 )
+PROVIDER_COLUMNS = (
+    "day",
+    "provider",
+    "model",
+    "agrees",
+    "provisional",
+    *(f"{side}_{name}" for name in COUNTS for side in ("our", "their")),
+    "our_cost_usd",
+    "their_cost_usd",
+    "our_unpriced_requests",
+)
 CORRECTION_COLUMNS = (
     "reconciliation",
     "number",
@@ -67,8 +81,10 @@ CORRECTION_COLUMNS = (
 )
 
 
-def reconciliation_html(reconciliation: Reconciliation, found: Sequence[RunVerdict]) -> str:
-    """One self-contained page: what agrees, what does not, the money at stake, and the runs it is at stake in."""
+def reconciliation_html(
+    reconciliation: Reconciliation, found: Sequence[RunVerdict], days: Sequence[ProviderDay] = ()
+) -> str:
+    """One self-contained page: what agrees, what does not, the money at stake and in which runs, and the providers."""
     total = Counter(reconciliation.totals())
     runs = sorted(found, key=_by_money)
     return page(
@@ -82,7 +98,14 @@ def reconciliation_html(reconciliation: Reconciliation, found: Sequence[RunVerdi
         accounts=_accounts(reconciliation, found),
         runs=[(verdict, billed_tokens(verdict), traced_tokens(verdict), _steps(verdict)) for verdict in runs[:SHOWN]],
         left_out=len(runs) - SHOWN,
+        days=days,
+        days_off=[(day, _tokens_said(day.ours), _tokens_said(day.theirs)) for day in days if not day.agrees][:SHOWN],
+        all_models=ALL_MODELS,
     )
+
+
+def _tokens_said(counts: Counts) -> int | None:
+    return None if counts.input_tokens is None else counts.input_tokens + (counts.output_tokens or 0)
 
 
 def _by_money(verdict: RunVerdict) -> tuple[Decimal, Decimal, int]:
@@ -142,6 +165,31 @@ def corrections_csv(reconciliation: Reconciliation, found: Iterable[RunVerdict])
     )
 
 
+def providers_csv(days: Iterable[ProviderDay]) -> str:
+    """A row for each day and model that a provider reports, under `PROVIDER_COLUMNS`; `*` is all models of the day."""
+    return _csv(
+        PROVIDER_COLUMNS,
+        (
+            (
+                day.day.isoformat(),
+                cell(day.provider),
+                cell(day.model),
+                "yes" if day.agrees else "no",
+                "yes" if day.provisional else "no",
+                *(
+                    "" if getattr(counts, name) is None else str(getattr(counts, name))
+                    for name in COUNTS
+                    for counts in (day.ours, day.theirs)
+                ),
+                _plain(day.our_cost),
+                _plain(day.their_cost),
+                str(day.unpriced_requests),
+            )
+            for day in days
+        ),
+    )
+
+
 def corrections_json(reconciliation: Reconciliation, found: Iterable[RunVerdict]) -> str:
     """The same as one document: each run with its reason, evidence, money at stake, and steps."""
     document = {
@@ -172,7 +220,9 @@ def corrections_json(reconciliation: Reconciliation, found: Iterable[RunVerdict]
     return json.dumps(document, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
 
 
-def summary_markdown(reconciliation: Reconciliation, found: Sequence[RunVerdict]) -> str:
+def summary_markdown(
+    reconciliation: Reconciliation, found: Sequence[RunVerdict], days: Sequence[ProviderDay] = ()
+) -> str:
     """What was found, in a few lines of Markdown."""
     lines = [f"Reconciliation {reconciliation.number} of {reconciliation.period}: runs by verdict", ""]
     lines += [f"- {name}: {count:,}" for name, count in reconciliation.totals().items()] or ["- no runs"]
@@ -181,6 +231,9 @@ def summary_markdown(reconciliation: Reconciliation, found: Sequence[RunVerdict]
             f"- money at stake in {stake.currency}: {plain(stake.owed)} not billed so far, {plain(stake.overbilled)} "
             f"billed too much, {plain(stake.unproven)} billed without a trace"
         )
+    if days:
+        off = sum(not day.agrees for day in days)
+        lines.append(f"- what providers report, by day and model: {off:,} of {len(days):,} differ")
     if found:
         lines += ["", f"Book what is proposed: `python -m flows reconcile apply {reconciliation.number}`"]
     return "\n".join(lines)

@@ -13,45 +13,20 @@ import sqlalchemy as sa
 from metering.ledger import Ledger
 from metering.ledger.schema import provider_pulls, provider_usage
 from metering.providers import PROVIDERS, Counts, Provider
-from metering.providers.reports import COUNTS, summed
+from metering.providers.reports import ALL_MODELS, COUNTS, ProviderDay, summed
 from tasks.models import canonical_model, canonical_provider
 from tasks.warehouse import sql
 
 if TYPE_CHECKING:
     import duckdb
 
-__all__ = ["ALL_MODELS", "ProviderDay", "provider_days"]
-
-ALL_MODELS = "*"
+__all__ = ["provider_days"]
 
 JUDGED = ("input_tokens", "cache_read_tokens", "cache_write_tokens", "cache_write_1h_tokens", "output_tokens")
 """What has to agree, where it is said. Requests are shown only, because one event may add up the calls of a run; so are
 audio and reasoning, which are parts of these, and which providers do not report as they answer them."""
 
 NONE_USED = Counts(requests=0, input_tokens=0, output_tokens=0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProviderDay:
-    """One model of a provider on one UTC day, or all of them."""
-
-    day: date
-    provider: str
-    model: str | None
-    """By its one name (`tasks.models`); None for calls that name none; ALL_MODELS for the provider's whole day."""
-    ours: Counts
-    theirs: Counts
-    """None where the provider does not say, or its report was not pulled."""
-    difference: Counts
-    """Ours without theirs, where both are said."""
-    our_cost: Decimal | None = None
-    """USD. Of the whole day alone, since not every provider tells a model's cost. None where theirs was not pulled."""
-    their_cost: Decimal | None = None
-    unpriced_requests: int = 0
-    """Calls of ours without a known price: they are not in `our_cost`."""
-    provisional: bool
-    """Whether a report of the day may still change."""
-    agrees: bool
 
 
 def provider_days(

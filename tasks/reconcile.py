@@ -32,11 +32,18 @@ from metering.events import TOKEN_FIELDS, TokenUsage
 from metering.ledger import Ledger, admin_log, plan_versions, verdicts
 from metering.ledger.schema import holds
 from metering.windows import Window, period_of_month
-from reports.reconciliation import corrections_csv, corrections_json, reconciliation_html, verdicts_csv
+from reports.reconciliation import (
+    corrections_csv,
+    corrections_json,
+    providers_csv,
+    reconciliation_html,
+    verdicts_csv,
+)
 from tasks.bills import INSTANT, usage_sums
 from tasks.costs import provider_cost
 from tasks.models import canonical_model
 from tasks.out import period_folder, write_file
+from tasks.provider_side import provider_days
 from tasks.warehouse import open_for_reading, sql
 
 if TYPE_CHECKING:
@@ -48,8 +55,17 @@ if TYPE_CHECKING:
 
     from metering.billing.reconciliation import Judgement
     from metering.ledger.plan_versions import PlanVersion
+    from metering.providers.reports import ProviderDay
 
-__all__ = ["Outcome", "apply_reconciliation", "is_asked_for", "reconcile", "reconcile_runs", "write_reconciliation"]
+__all__ = [
+    "Found",
+    "Outcome",
+    "apply_reconciliation",
+    "is_asked_for",
+    "reconcile",
+    "reconcile_runs",
+    "write_reconciliation",
+]
 
 MOST_JUDGED = 50_000
 """Runs that are looked at one by one; where more differ, those of most tokens."""
@@ -124,22 +140,41 @@ def is_asked_for(ledger_url: str, period: str) -> bool:
 
 
 @task
-def write_reconciliation(ledger_url: str, out: Path, number: int) -> tuple[Path, Reconciliation, list[RunVerdict]]:
-    """Write a reconciliation's page and files to review under `out`; its page, and what they say.
+def write_reconciliation(ledger_url: str, warehouse: Path, out: Path, number: int) -> Found:
+    """Write a reconciliation's page and files to review under `out`, with what providers report of the same days.
 
-    Raises `UnknownReconciliation`, `ReportError`.
+    Raises `UnknownReconciliation`, `WarehouseError`, `ReportError`.
     """
-    reconciliation, found = _read(ledger_url, number)
+    reconciliation, verdicts_found = _read(ledger_url, number)
+    month = period_of_month(reconciliation.period, time_zone="UTC", anchor_day=1)
+    with open_for_reading(warehouse) as connection:
+        days = provider_days(ledger_url, connection, month.start.date(), month.end.date())
     files = {
-        "reconciliation.html": reconciliation_html(reconciliation, found),
-        "reconciliation.csv": verdicts_csv(reconciliation, found),
-        "corrections.csv": corrections_csv(reconciliation, found),
-        "corrections.json": corrections_json(reconciliation, found),
+        "reconciliation.html": reconciliation_html(reconciliation, verdicts_found, days),
+        "reconciliation.csv": verdicts_csv(reconciliation, verdicts_found),
+        "corrections.csv": corrections_csv(reconciliation, verdicts_found),
+        "corrections.json": corrections_json(reconciliation, verdicts_found),
+        "providers.csv": providers_csv(days),
     }
     with period_folder(out, reconciliation.period) as folder:
         for name, content in files.items():
             write_file(folder / name, content)
-    return folder / "reconciliation.html", reconciliation, found
+    return Found(
+        page=folder / "reconciliation.html",
+        reconciliation=reconciliation,
+        verdicts=verdicts_found,
+        provider_days=days,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What a reconciliation says, and where."""
+
+    page: Path
+    reconciliation: Reconciliation
+    verdicts: list[RunVerdict]
+    provider_days: list[ProviderDay]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
 __all__ = [
+    "ALL_MODELS",
     "COUNTS",
     "Counts",
     "Page",
     "Part",
     "Provider",
+    "ProviderDay",
     "Question",
     "Report",
     "ReportDay",
@@ -70,6 +72,33 @@ class Counts:
 
 
 COUNTS: tuple[str, ...] = tuple(field.name for field in fields(Counts))
+
+
+ALL_MODELS = "*"
+"""The model of a provider's whole day."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProviderDay:
+    """One model of a provider on one UTC day, or all of them."""
+
+    day: date
+    provider: str
+    model: str | None
+    """By its one name (`tasks.models`); None for calls that name none; ALL_MODELS for the provider's whole day."""
+    ours: Counts
+    theirs: Counts
+    """None where the provider does not say, or its report was not pulled."""
+    difference: Counts
+    """Ours without theirs, where both are said."""
+    our_cost: Decimal | None = None
+    """USD. Of the whole day alone, since not every provider tells a model's cost. None where theirs was not pulled."""
+    their_cost: Decimal | None = None
+    unpriced_requests: int = 0
+    """Calls of ours without a known price: they are not in `our_cost`."""
+    provisional: bool
+    """Whether a report of the day may still change."""
+    agrees: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

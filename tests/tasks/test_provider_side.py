@@ -12,8 +12,9 @@ import pytest
 
 from metering.events import TokenUsage
 from metering.providers import Counts
+from metering.providers.reports import ALL_MODELS, ProviderDay
 from tasks.provider_reports import import_reports
-from tasks.provider_side import ALL_MODELS, ProviderDay, provider_days
+from tasks.provider_side import provider_days
 from tasks.warehouse import open_for_reading
 from tests.metering.providers.pages import (
     activity,
