@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any
 
 from prefect import flow
@@ -22,14 +22,14 @@ from tasks.reconcile import reconcile_runs, write_reconciliation
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["reconcile_period", "reconcile_tokens"]
+__all__ = ["months_of", "reconcile_period", "reconcile_tokens"]
 
 USUAL = Tolerance()
 
 
 @flow
 def reconcile_tokens(
-    period: str | None = None, tolerance_tokens: int = USUAL.tokens, tolerance_percent: Decimal = USUAL.percent
+    period: str | None = None, tolerance_tokens: int = USUAL.tokens, tolerance_percent: str = str(USUAL.percent)
 ) -> dict[str, Any]:
     """Load what is new, and judge the runs of a month's periods (`YYYY-MM`; unless said, of last month and this one).
 
@@ -38,7 +38,7 @@ def reconcile_tokens(
     """
     now = utc_now()
     tolerance = _tolerance(tolerance_tokens, tolerance_percent)
-    months = _months(period, now)
+    months = months_of(period, now)
     places = Places.from_env()
     cost_events(places.ledger_url, now)
     load_ledger(places.ledger_url, places.warehouse)
@@ -62,18 +62,23 @@ def reconcile_period(places: Places, month: str, now: datetime, tolerance: Toler
     }
 
 
-def _months(period: str | None, now: datetime) -> Sequence[str]:
+def months_of(period: str | None, now: datetime) -> Sequence[str]:
+    """The months to reconcile."""
     if period is not None:
         return [billed_month(period, now)]
     return [billed_month(None, now), f"{now:%Y-%m}"]
 
 
-def _tolerance(tokens: int, percent: Decimal) -> Tolerance:
+def _tolerance(tokens: int, percent: str) -> Tolerance:
     if tokens < 0:
         raise InvalidSetting("tolerance_tokens", tokens, "0 or more")
-    if not 0 <= percent <= 100:  # also what is no number
-        raise InvalidSetting("tolerance_percent", percent, "0 to 100")
-    return Tolerance(tokens=tokens, percent=percent)
+    try:
+        share = Decimal(percent)
+        if 0 <= share <= 100:
+            return Tolerance(tokens=tokens, percent=share)
+    except InvalidOperation:
+        pass
+    raise InvalidSetting("tolerance_percent", percent, "a number from 0 to 100")
 
 
 if __name__ == "__main__":

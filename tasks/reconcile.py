@@ -393,7 +393,8 @@ def _verdict(
     changes = _changes(run, judgement, known)
     costs = [cost for _, cost, _ in changes]
     stakes = None if run.account is None else _stakes(run.account, known, usage)
-    billable = [row for row, _, is_billable in changes if is_billable and row is not None]
+    billable = [row for row, _, is_billable in changes if is_billable]
+    rows = [row for row in billable if row is not None]
     return RunVerdict(
         number=number,
         account=run.account,
@@ -401,7 +402,7 @@ def _verdict(
         verdict=judgement.verdict,
         reason=judgement.reason,
         state=run.state,
-        amount=None if stakes is None else stakes.amount(billable),
+        amount=stakes.amount(rows) if stakes is not None and len(rows) == len(billable) else None,
         currency=None if stakes is None else stakes.currency,
         cost=None if None in costs else sum((cost for cost in costs if cost is not None), Decimal(0)),
         evidence={

@@ -2,86 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+from uuid import UUID
 
 import pytest
 
-from metering.billing.reconciliation import Tolerance
-from metering.corrections import apply_verdict
-from metering.errors import CorrectionConflict
+from metering.admission.verify import check_counters
+from metering.errors import CorrectionConflict, UnknownReconciliation
 from metering.events import TokenUsage
-from metering.ledger import Ledger, verdicts
-from tasks.reconcile import reconcile
-from tests.tasks.place import COSTED_AT, NOVEMBER, PERIOD, Place, event
+from tasks.reconcile import apply_reconciliation
+from tests.tasks.place import COSTED_AT, NOVEMBER
+from tests.tasks.runs import PLANS, USED, Runs, book, reconciled
 
 if TYPE_CHECKING:
     from metering.billing.reconciliation import Reconciliation, RunVerdict
-
-PLANS = """
-[plans.metered]
-retention_days = 30
-reconcile = "traces"
-rates = [
-  { line = "application", metric = "uncached_input_tokens", type = "per_unit", unit_amount = "4.00", per = 1_000_000 },
-  { line = "application", metric = "cache_read_tokens", type = "per_unit", unit_amount = "1.00", per = 1_000_000 },
-  { line = "application", metric = "output_tokens", type = "per_unit", unit_amount = "16.00", per = 1_000_000 },
-]
-"""
-USED = TokenUsage(input_tokens=1_000, cache_read_tokens=400, output_tokens=100)
-
-
-@dataclass
-class Runs:
-    """Writes what was billed and what was traced of one account's runs."""
-
-    place: Place
-    spans: int = field(default=0)
-
-    def bill(self, run_id: str, usage: TokenUsage = USED, **said: Any) -> None:
-        self.place.add(event(run_id=run_id, usage=usage, **said))
-
-    def trace(
-        self,
-        run_id: str,
-        usage: TokenUsage = USED,
-        *,
-        model: str | None = "gpt-4.1-2025-04-14",
-        below: str | None = None,
-        account: str | None = "acme",
-    ) -> str:
-        self.spans += 1
-        said = {
-            "gen_ai.usage.input_tokens": usage.input_tokens,
-            "gen_ai.usage.output_tokens": usage.output_tokens,
-            "gen_ai.usage.cache_read.input_tokens": usage.cache_read_tokens,
-            "gen_ai.response.model": model,
-            "gen_ai.provider.name": "openai",
-        }
-        span = {
-            "trace_id": f"trace of {run_id}",
-            "span_id": f"span {self.spans}",
-            "parent_span_id": below,
-            "start_time": NOVEMBER.isoformat(),
-            "end_time": (NOVEMBER + timedelta(seconds=2)).isoformat(),
-            "attributes": {name: value for name, value in said.items() if value is not None},
-        }
-        with self.place.meter() as meter:
-            assert meter.record_span(span, account=account, run_id=run_id)
-        return f"span {self.spans}"
-
-    def crash(self, run_id: str, line: str = "application") -> None:
-        """A call whose process dies before it settles."""
-        with self.place.meter() as meter:
-            secret = meter.keys.create("acme", plan="metered").secret
-            meter.reserve(secret, line=line, estimate=TokenUsage(input_tokens=50, output_tokens=50), run_id=run_id)
-            meter._keeper.close()
-        later = Place(self.place.home, self.place.url, clock=lambda: NOVEMBER + timedelta(hours=1))
-        with later.meter() as meter:
-            assert meter.expire_holds() == 1
-
+    from tests.tasks.place import Place
 
 ON_SQLITE = pytest.mark.parametrize("either_url", ["sqlite"], indirect=True)
 
@@ -96,24 +33,6 @@ def runs(place: Place) -> Runs:
     place.plans(PLANS)
     place.account("acme", "metered")
     return Runs(place)
-
-
-def reconciled(place: Place, tolerance: Tolerance = Tolerance()) -> tuple[Reconciliation, dict[str, RunVerdict]]:  # noqa: B008
-    place.aggregate()
-    number = reconcile(place.ledger_url, place.warehouse, PERIOD, now=COSTED_AT, tolerance=tolerance)
-    ledger = Ledger(place.ledger_url)
-    with ledger.read() as connection:
-        found = verdicts.find(connection, number), verdicts.verdicts_of(connection, number)
-    ledger.close()
-    return found[0], {verdict.run_id: verdict for verdict in found[1]}
-
-
-def book(place: Place, reconciliation: Reconciliation, verdict: RunVerdict) -> bool:
-    ledger = Ledger(place.ledger_url)
-    try:
-        return apply_verdict(ledger, verdict, reconciliation=reconciliation.number, actor="test", now=COSTED_AT)
-    finally:
-        ledger.close()
 
 
 def exact_total(place: Place) -> Decimal:
@@ -254,3 +173,173 @@ def test_an_accepted_run_is_found_again_once_its_trace_comes(runs: Runs) -> None
     assert reconciled(runs.place)[0].runs == {"acme": {"accepted": 1}}
     runs.trace("run", TokenUsage(input_tokens=1_000, output_tokens=50))
     assert state_of(runs.place)[1].verdict == "mismatched"
+
+
+@ON_SQLITE
+def test_a_run_that_may_still_change_is_left_for_the_next_time(runs: Runs) -> None:
+    runs.bill("run")
+    runs.trace("run", TokenUsage(input_tokens=2_000, output_tokens=100))
+    soon = NOVEMBER + timedelta(minutes=30)
+    assert reconciled(runs.place, now=soon)[0].runs == {"acme": {"pending": 1}}
+    assert reconciled(runs.place)[0].runs == {"acme": {"mismatched": 1}}
+    # A hold that is still open says that the run goes on, however long ago it began.
+    with runs.place.meter() as meter:
+        secret = meter.keys.create("acme", plan="metered").secret
+        meter.reserve(secret, line="application", estimate=USED, run_id="run")
+        meter._keeper.close()
+    assert reconciled(runs.place)[0].runs == {"acme": {"pending": 1}}
+
+
+@ON_SQLITE
+def test_spans_without_an_account_are_of_the_one_that_was_billed(runs: Runs) -> None:
+    runs.bill("billed")
+    runs.trace("billed", account=None)
+    runs.trace("in part")
+    runs.trace("in part", account=None)
+    runs.bill("in part")
+    runs.bill("in part")
+    runs.crash("held")
+    runs.trace("held", account=None)
+    runs.place.account("other", "metered")
+    runs.bill("of two")
+    runs.bill("of two", account="other")
+    runs.trace("of two", account=None)
+    runs.trace("of nobody", account=None)
+    reconciliation, found = reconciled(runs.place)
+    assert reconciliation.runs == {
+        "": {"unbilled": 2},
+        "acme": {"matched": 2, "abandoned": 1, "untraced": 1},
+        "other": {"untraced": 1},
+    }
+    assert found["of nobody"].amount is None
+    assert found["of nobody"].cost == Decimal("0.0022")
+    with pytest.raises(CorrectionConflict, match="run 'of nobody' of account None: nothing is proposed that could be"):
+        book(runs.place, reconciliation, found["of nobody"])
+
+
+@ON_SQLITE
+def test_what_is_no_call_of_a_model_is_not_compared(runs: Runs) -> None:
+    with runs.place.meter() as meter:
+        signal = {"account": "acme", "run_id": "run", "idempotency_key": "k"}
+        assert meter.record(line="extraction_tokens", usage=TokenUsage(input_tokens=77), **signal)
+        assert meter.record(line="learnings_generated", quantity=3, **signal)
+    assert reconciled(runs.place)[0].runs == {}
+    ((event_id,),) = runs.place.ledger_rows("SELECT event_id FROM events WHERE line = 'extraction_tokens'")
+    with runs.place.meter() as meter:
+        meter.correct(UUID(event_id), usage=TokenUsage(input_tokens=70), reason="counted anew")
+    assert reconciled(runs.place)[0].runs == {}
+
+
+@ON_SQLITE
+def test_a_run_belongs_to_the_period_it_began_in(runs: Runs) -> None:
+    end = datetime(2023, 11, 30, 23, 59, tzinfo=UTC)
+    runs.bill("over the edge", at=end)
+    runs.bill("over the edge", at=end + timedelta(minutes=2))
+    runs.trace("over the edge", at=end)
+    runs.bill("later", at=end + timedelta(minutes=2))
+    runs.trace("traced later", at=end + timedelta(minutes=2))
+    later = COSTED_AT + timedelta(days=1)
+    assert reconciled(runs.place, now=later)[0].runs == {"acme": {"double-counted": 1}}
+    assert reconciled(runs.place, period="2023-12", now=later)[0].runs == {"acme": {"unbilled": 1, "untraced": 1}}
+
+
+@ON_SQLITE
+def test_only_what_is_traced_or_asked_for_is_compared(runs: Runs) -> None:
+    runs.place.plans("[plans.plain]\nretention_days = 30\n")
+    for account in ("untraced", "traced"):
+        runs.place.account(account, "plain")
+        runs.bill("run", account=account)
+    runs.trace("other run", account="traced")
+    runs.bill("run")
+    reconciliation, _ = reconciled(runs.place)
+    assert reconciliation.runs == {"acme": {"untraced": 1}, "traced": {"unbilled": 1, "untraced": 1}}
+
+
+@ON_SQLITE
+def test_calls_nobody_pays_for_are_traced_all_the_same(runs: Runs) -> None:
+    runs.bill("run", caller_type="internal", billable=False)
+    runs.trace("run")
+    runs.bill("free twice", billable=False)
+    runs.bill("free twice")
+    runs.trace("free twice")
+    reconciliation, found = reconciled(runs.place)
+    assert reconciliation.runs == {"acme": {"matched": 1, "double-counted": 1}}
+    assert found["free twice"].amount == 0
+    assert found["free twice"].cost == Decimal("-0.0022")
+
+
+@ON_SQLITE
+def test_a_model_that_is_not_named_is_no_difference(runs: Runs) -> None:
+    runs.bill("no model billed", model=None, provider=None)
+    runs.trace("no model billed")
+    runs.bill("no model traced")
+    runs.trace("no model traced", model=None)
+    assert reconciled(runs.place)[0].runs == {"acme": {"matched": 2}}
+
+
+@ON_SQLITE
+def test_more_than_can_be_judged_is_counted(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.reconcile.MOST_JUDGED", 2)
+    for number in range(1, 5):
+        runs.bill(f"run {number}", TokenUsage(input_tokens=100 * number))
+    reconciliation, found = reconciled(runs.place)
+    assert reconciliation.runs == {"acme": {"untraced": 2, "not judged": 2}}
+    assert sorted(found) == ["run 3", "run 4"]
+
+
+@ON_SQLITE
+def test_counts_too_large_for_an_event_are_found_and_nothing_breaks(runs: Runs) -> None:
+    runs.bill("huge")
+    for _ in range(3):
+        runs.trace("huge", TokenUsage(input_tokens=2**53, output_tokens=1))
+    assert reconciled(runs.place)[0].runs == {"acme": {"mismatched": 1}}
+
+
+@ON_SQLITE
+def test_where_several_lines_sell_tokens_nobody_guesses(runs: Runs) -> None:
+    runs.place.plans("[plans.plain]\nretention_days = 30\n")
+    runs.place.account("plain", "plain")
+    for line in ("one", "other"):
+        runs.bill(line, line=line, account="plain")
+        runs.trace(line, account="plain")
+    runs.trace("never", account="plain")
+    found = state_of(runs.place)
+    assert [(step.action, step.line) for step in found[1].corrections] == [("add", None)]
+    assert (found[1].amount, found[1].cost) == (None, Decimal("0.0022"))
+    with pytest.raises(CorrectionConflict, match=r"it is not known which line it is sold on: use Meter\.record"):
+        book(runs.place, *found)
+
+
+@ON_SQLITE
+def test_applying_goes_on_where_it_was_stopped(runs: Runs) -> None:
+    for number in range(3):
+        runs.bill(f"run {number}")
+        runs.bill(f"run {number}")
+        runs.trace(f"run {number}")
+    runs.bill("changed")
+    reconciliation, found = reconciled(runs.place)
+    assert book(runs.place, reconciliation, found["run 1"])  # and then it was killed
+    runs.bill("changed", TokenUsage(input_tokens=1))
+    outcome = apply_reconciliation(runs.place.ledger_url, reconciliation.number, actor="finance", now=COSTED_AT)
+    assert (outcome.booked, outcome.booked_before) == (2, 1)
+    assert [reason.partition(":")[0] for reason in outcome.refused] == ["run 'changed' of account 'acme'"]
+    again = apply_reconciliation(runs.place.ledger_url, reconciliation.number, actor="finance", now=COSTED_AT)
+    assert (again.booked, again.booked_before, len(again.refused)) == (0, 3, 1)
+    assert runs.place.ledger_rows(
+        "SELECT actor, action, subject, details FROM admin_log ORDER BY entry DESC LIMIT 1"
+    ) == [("finance", "reconciliation.apply", "1", '{"booked":2,"refused":1}')]
+    with pytest.raises(UnknownReconciliation, match="reconciliation 77 is not in the ledger"):
+        apply_reconciliation(runs.place.ledger_url, 77, actor="finance", now=COSTED_AT)
+
+
+@ON_SQLITE
+def test_a_correction_gives_back_the_quota_it_took(runs: Runs) -> None:
+    with runs.place.meter() as meter:
+        secret = meter.keys.create("acme", plan="metered").secret
+        for _ in range(2):
+            meter.consume(secret, line="application", usage=USED, model="gpt-4.1", provider="openai", run_id="run")
+    runs.trace("run")
+    reconciliation, found = reconciled(runs.place)
+    assert book(runs.place, reconciliation, found["run"])
+    with runs.place.meter() as meter:
+        assert all(check.agrees for check in check_counters(meter.ledger))
