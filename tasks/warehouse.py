@@ -67,7 +67,7 @@ def open_for_reading(path: Path) -> Iterator[duckdb.DuckDBPyConnection]:
 def newest_recost(found: Sequence[tuple[Any, ...]]) -> int:
     """The number that `newest_recost.sql` found, 0 for none. Raises `WarehouseError` where it has not ended."""
     for recost, period, reason, has_ended in found:
-        if not int(has_ended):  # a text, where it comes by the sqlite_scanner
+        if not int(has_ended):  # a text, where DuckDB read it out of a file
             raise WarehouseError(
                 f"recost {recost} of {period} has not ended: some costs are by old prices and some by new ones. "
                 f"Run `python -m flows recost --period {period} --reason {shlex.quote(reason)}` again"

@@ -115,14 +115,17 @@ class PostgresServer(_Server):
     def freeze(self) -> None:
         """Stop it and what it has forked in their tracks (SIGSTOP)."""
         super().freeze()
-        for child in self._children():
-            os.kill(child, signal.SIGSTOP)
+        self._signal_children(signal.SIGSTOP)
 
     def thaw(self) -> None:
         """Let all of them go on."""
-        for child in self._children():
-            os.kill(child, signal.SIGCONT)
+        self._signal_children(signal.SIGCONT)
         super().thaw()
+
+    def _signal_children(self, number: signal.Signals) -> None:
+        for child in self._children():
+            with suppress(ProcessLookupError):  # it may have ended since it was seen
+                os.kill(child, number)
 
     def close(self) -> None:
         """End it without a word, but so that it gives back what shared memory it has, and remove its folder."""
