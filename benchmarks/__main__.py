@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.payloads import payload_tables
 from benchmarks.peer import PACKAGES, make_environment
+from benchmarks.reconciliation import reconciliation_table
 from benchmarks.redis_store import async_table, threads_table
 from benchmarks.sql_store import sql_table
 from benchmarks.tokens import token_tables
@@ -75,6 +76,7 @@ def _tables(folder: Path, given: Namespace, peer: Path | None, say: Callable[[st
     yield sql_table(folder, rounds=given.rounds, turn_s=given.turn)
     yield from token_tables(rounds=given.rounds, turn_s=given.turn)
     yield from payload_tables(rounds=given.rounds, turn_s=given.turn)
+    yield reconciliation_table(folder, rounds=given.rounds)
 
 
 def _let_the_hour_pass(say: Callable[[str], None]) -> None:

@@ -3,18 +3,18 @@
 -- month_end, quiet_since, tolerance_tokens, tolerance_percent, most_judged. Left are `runs`, `differing`, and the tables of
 -- what differs. An account that is not known is ''.
 
--- A signal without a model counts a text, and is no call of a model.
+-- A signal without a model counts a text, and is no call of a model; nor is what corrects it.
 CREATE TEMP VIEW model_events AS
 SELECT usage_events.*, name, coalesce(known_as, 0) AS known_as
 FROM usage_events LEFT JOIN model_names USING (model)
+WHERE run_id IS NOT NULL AND model IS NOT NULL
+UNION ALL
+SELECT *, NULL, 0
+FROM usage_events
 WHERE run_id IS NOT NULL
-    AND (
-        model IS NOT NULL
-        OR (
-            kind <> 'signal'
-            AND (corrects IS NULL OR corrects NOT IN (SELECT event_id FROM usage_events WHERE kind = 'signal'))
-        )
-    );
+    AND model IS NULL
+    AND kind <> 'signal'
+    AND (corrects IS NULL OR corrects NOT IN (SELECT event_id FROM usage_events WHERE kind = 'signal'));
 
 -- Reversals are part of the sums.
 CREATE TEMP VIEW run_events AS
@@ -29,7 +29,7 @@ WHERE started_at >= getvariable('since') AND started_at < getvariable('until') A
 -- A span that says what spans below it say repeats them: the rule of `metering.traces.sum_trace_tokens`. It is looked at
 -- from above, because few spans with tokens have anything below them.
 CREATE TEMP TABLE tops AS
-SELECT trace_id, span_id FROM used_spans
+SELECT trace_id, span_id, seq FROM used_spans
 SEMI JOIN (SELECT trace_id, parent_span_id AS span_id FROM spans WHERE parent_span_id IS NOT NULL)
 USING (trace_id, span_id);
 
@@ -70,7 +70,8 @@ below AS (
     FROM below JOIN tree ON tree.trace_id = below.trace_id AND tree.parent_span_id = below.span_id
     WHERE NOT below.has_tokens
 )
-SELECT DISTINCT trace_id, top AS span_id FROM below WHERE has_tokens;
+SELECT seq FROM tops
+SEMI JOIN (SELECT trace_id, top AS span_id FROM below WHERE has_tokens) USING (trace_id, span_id);
 
 -- Whose a run is, where some of its spans do not say.
 CREATE TEMP TABLE owners AS
@@ -90,7 +91,7 @@ CREATE TEMP VIEW counted_spans AS
 SELECT
     used_spans.* EXCLUDE (account), coalesce(account, owner, '') AS account, name, coalesce(known_as, 0) AS known_as
 FROM used_spans
-ANTI JOIN repeats USING (trace_id, span_id)
+ANTI JOIN repeats USING (seq)
 LEFT JOIN owners USING (run_id)
 LEFT JOIN model_names USING (model);
 
@@ -112,7 +113,14 @@ ANTI JOIN (
 -- the period of the first thing that is billed for it, else to the one it was first traced in.
 CREATE TEMP TABLE runs AS
 WITH entries AS (
-    SELECT account, run_id, known_as, COLUMNS('.*_tokens'), period, occurred_at AS first_at, occurred_at AS last_at
+    SELECT
+        account,
+        run_id,
+        known_as,
+        COLUMNS('.*_tokens'),
+        CASE WHEN period = getvariable('period') THEN 0 WHEN period < getvariable('period') THEN -1 ELSE 1 END AS when_billed,
+        occurred_at AS first_at,
+        occurred_at AS last_at
     FROM run_events
     UNION ALL
     SELECT account, run_id, known_as, -COLUMNS('.*_tokens'), NULL, started_at, ended_at
@@ -124,7 +132,7 @@ by_model AS (
         run_id,
         known_as,
         sum(COLUMNS('.*_tokens')),
-        min(period) AS period,
+        min(when_billed) AS when_billed,
         min(first_at) AS first_at,
         max(last_at) AS last_at
     FROM entries
@@ -138,7 +146,7 @@ by_run AS (
             greatest(*COLUMNS('.*_tokens')) > getvariable('tolerance_tokens')
             OR least(*COLUMNS('.*_tokens')) < -getvariable('tolerance_tokens')
         ) AS differs,
-        min(period) AS period,
+        min(when_billed) AS when_billed,
         min(first_at) AS first_at,
         max(last_at) AS last_at
     FROM by_model
@@ -160,7 +168,7 @@ of_period AS (
     FROM by_run LEFT JOIN periods USING (account)
     WHERE account IN (FROM compared_accounts)
         AND CASE
-            WHEN period IS NOT NULL THEN period = getvariable('period')
+            WHEN when_billed IS NOT NULL THEN when_billed = 0
             ELSE first_at >= coalesce(period_start, getvariable('month_start'))
                 AND first_at < coalesce(period_end, getvariable('month_end'))
         END

@@ -51,7 +51,7 @@ def as_span(trace: int, number: int, node: Node) -> dict[str, Any]:
 
 def as_row(trace: int, number: int, node: Node) -> tuple[Any, ...]:
     parent, tokens = node
-    ids = (number, str(trace), f"s{number}", None if parent is None else f"s{parent}", str(trace), "acme")
+    ids = (trace * 100 + number, str(trace), f"s{number}", None if parent is None else f"s{parent}", str(trace), "acme")
     return (*ids, tokens, 0, 0, 0, 0, 0, 0, 0, None, None, NOVEMBER, NOVEMBER)
 
 
