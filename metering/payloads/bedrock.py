@@ -29,8 +29,12 @@ def invoked_chunk(event: Mapping[Any, object]) -> Mapping[Any, object] | None:
     return data_of(msgspec.json.decode(encoded)) if type(encoded) is bytes else None
 
 
+_OF_VERCEL = ("cachedInputTokens", "inputTokenDetails", "outputTokenDetails", "reasoningTokens")
+"""Its SDK has the same names for totals that include the cache."""
+
+
 def _reads(part: Part) -> bool:
-    return part.has_any("inputTokens", "outputTokens")
+    return part.has_any("inputTokens", "outputTokens") and not part.has_any(*_OF_VERCEL)
 
 
 def _usage(part: Part, _provider: str | None) -> TokenUsage:

@@ -44,7 +44,8 @@ def _usage(part: Part, provider: str | None) -> TokenUsage:
         # Mistral: num_cached_tokens.
         cache_read_tokens=read.optional("cached_tokens")
         or part.optional("prompt_cache_hit_tokens", "cached_prompt_text_tokens", "cached_tokens", "num_cached_tokens"),
-        cache_write_tokens=read.optional("cache_write_tokens"),
+        # litellm gives Anthropic's answers this shape, and leaves Anthropic's name beside it.
+        cache_write_tokens=read.optional("cache_write_tokens") or part.optional("cache_creation_input_tokens"),
         input_audio_tokens=read.optional("audio_tokens"),
         output_tokens=completion_tokens + outside,
         reasoning_tokens=max(reasoning_tokens, outside),

@@ -1,4 +1,5 @@
-"""OpenAI's Responses, of OpenAI, Azure, xAI, Groq and OpenRouter; images, transcriptions and realtime answers too.
+"""OpenAI's Responses, of OpenAI, Azure, xAI, Groq and OpenRouter; images, transcriptions and realtime answers too, and
+LangChain's `usage_metadata`, which means the same.
 
 `input_tokens` includes what was read from and written to a cache, `output_tokens` includes reasoning
 (https://platform.openai.com/docs/api-reference/responses/object).
@@ -40,12 +41,12 @@ def _usage(part: Part, _provider: str | None) -> TokenUsage:
     made = part.block("output_tokens_details", "output_token_details")
     return TokenUsage(
         input_tokens=input_tokens,
-        cache_read_tokens=read.optional("cached_tokens"),
-        cache_write_tokens=read.optional("cache_write_tokens"),
-        input_audio_tokens=read.optional("audio_tokens"),
+        cache_read_tokens=read.optional("cached_tokens", "cache_read"),
+        cache_write_tokens=read.optional("cache_write_tokens", "cache_creation"),
+        input_audio_tokens=read.optional("audio_tokens", "audio"),
         output_tokens=output_tokens,
-        reasoning_tokens=made.optional("reasoning_tokens", "thinking_tokens"),
-        output_audio_tokens=made.optional("audio_tokens"),
+        reasoning_tokens=made.optional("reasoning_tokens", "thinking_tokens", "reasoning"),
+        output_audio_tokens=made.optional("audio_tokens", "audio"),
     )
 
 

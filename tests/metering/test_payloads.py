@@ -245,6 +245,8 @@ def test_an_iteration_of_an_unknown_kind_is_counted_unless_it_is_in_the_whole() 
         ({"usage": {"tokens": {"input_tokens": 5}}}, "output_tokens: got None"),
         ({"usage": {"tokens": {"input_tokens": 5, "output_tokens": 1.5}}}, "tokens.output_tokens: got <class 'float'>"),
         ({"meta": {"billed_units": {"search_units": 1}}}, "input_tokens: got None"),
+        # The Vercel AI SDK's: not Bedrock's, though the names are.
+        ({"inputTokens": 9, "outputTokens": 1, "cachedInputTokens": 5}, "names seen: inputTokens, outputTokens"),
         ({"inputTokens": 5, "outputTokens": 1, "cacheDetails": {"ttl": "1h"}}, "cacheDetails: got <class 'dict'>"),
         ({"input_tokens": 5, "output_tokens": 1, "iterations": [7]}, r"iterations\[0\]: got <class 'int'>"),
         (
