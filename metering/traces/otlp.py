@@ -29,6 +29,9 @@ __all__ = ["FoundSpan", "open_otlp"]
 MAX_VALUE = 16 * 1024 * 1024
 """Characters of a span, or bytes of a line, at the most."""
 
+MAX_EARLY = 10_000
+"""Spans that wait for their resource, where it stands after them."""
+
 LINES_LOOKED_AT = 20
 PIECE = 256 * 1024
 _GZIP = b"\x1f\x8b"
@@ -208,15 +211,30 @@ def _spans(text: _Text) -> Iterator[Any]:
 
 def _of_resource(text: _Text) -> Iterator[Any]:
     resource: Any = None
+    early: list[tuple[Any, Any]] = []
+    is_known = False
     for name in _object(text):
         if name == "resource":
-            resource = text.value()
+            if len(early) > MAX_EARLY:
+                raise _Broken(f"a resource after more than {MAX_EARLY:,} of its spans")
+            resource, is_known = text.value(), True
+            yield from (_with(resource, *found) for found in early)
+            early = []
         elif name in _SCOPES:
             for _ in _array(text):
-                for scope, span in _of_scope(text):
-                    yield {**span, "resource": resource, "scope": scope} if isinstance(span, Mapping) else span
+                for found in _of_scope(text):
+                    # Writers put the resource first, but JSON has no order.
+                    if is_known or len(early) > MAX_EARLY:
+                        yield _with(resource, *found)
+                    else:
+                        early.append(found)
         else:
             text.value()
+    yield from (_with(resource, *found) for found in early)
+
+
+def _with(resource: Any, scope: Any, span: Any) -> Any:
+    return {**span, "resource": resource, "scope": scope} if isinstance(span, Mapping) else span
 
 
 def _of_scope(text: _Text) -> Iterator[tuple[Any, Any]]:

@@ -216,6 +216,18 @@ def test_every_form_of_a_file(meter: Meter, load: Any, form: str, monkeypatch: p
     assert numbers(meter) == {1, 2, 3}
 
 
+@ON_SQLITE
+def test_a_resource_may_stand_after_its_spans(meter: Meter, load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = document(chat(1), chat(2), chat(3), tallystick__account="acme")
+    (part,) = made["resourceSpans"]
+    made["resourceSpans"] = [dict(reversed(part.items()))]
+    assert load(made) == [{"spans": 3, "inserted": 3}]
+    assert contents(meter, "account") == [("acme",)] * 3
+    monkeypatch.setattr(otlp, "MAX_EARLY", 2)
+    with pytest.raises(InvalidFile, match="a resource after more than 2 of its spans"):
+        load(json.dumps(made, indent=1))
+
+
 def test_a_document_is_never_in_memory_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(otlp, "PIECE", 512)
     monkeypatch.setattr(otlp, "MAX_VALUE", 8_192)
