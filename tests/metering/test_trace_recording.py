@@ -12,6 +12,9 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from opentelemetry.context import Context
+from opentelemetry.sdk.trace import IdGenerator, TracerProvider
+from opentelemetry.trace import Span, set_span_in_context
 
 from metering.aio import AsyncMeter
 from metering.errors import InvalidUsage
@@ -118,44 +121,47 @@ def test_awaited(ledger_url: str, clock: Clock, tmp_path: Path) -> None:
         assert numbers(meter) == {*range(1, 11), 99}
 
 
-# The span processor. `opentelemetry-sdk` is no dependency: these spans have what its ReadableSpan has, and `Provider`
-# calls what its SynchronousMultiSpanProcessor calls.
+# The span processor, in the SDK it is for
+
+
+class InOrder(IdGenerator):
+    """One trace, whose spans are numbered."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def generate_trace_id(self) -> int:
+        return 7
+
+    def generate_span_id(self) -> int:
+        self.count += 1
+        return self.count
 
 
 class Provider:
-    def __init__(self, processor: Any) -> None:
+    """An app's tracer provider, with the processor."""
+
+    def __init__(self, processor: TallystickSpanProcessor) -> None:
         self.processor = processor
-        self.count = 0
+        self.ids = InOrder()
+        self.tracers = TracerProvider(id_generator=self.ids, shutdown_on_exit=False)
+        self.tracers.add_span_processor(processor)
 
-    def run(self, parent: Any = None, **attributes: Any) -> Any:
+    def run(self, parent: Span | None = None, **attributes: Any) -> Span:
         """Start a span; `end` ends it."""
-        self.count += 1
-        context = SimpleNamespace(trace_id=7, span_id=self.count, is_remote=False)
-        made = SimpleNamespace(
-            name="chat",
-            context=context,
-            parent=None if parent is None else parent.context,
-            attributes=attributes,
-            resource=SimpleNamespace(attributes={"service.name": "app"}),
-            instrumentation_scope=SimpleNamespace(name="app"),
-            start_time=1_700_000_000 * 10**9,
-            end_time=None,
-        )
-        self.processor.on_start(made, parent_context=None)
-        return made
+        above = Context() if parent is None else set_span_in_context(parent, Context())
+        return self.tracers.get_tracer("app").start_span("chat", context=above, attributes=attributes)
 
-    def end(self, *made: Any) -> None:
+    def end(self, *made: Span) -> None:
         for span in made:
-            span.end_time = 1_700_000_001 * 10**9
-            self.processor._on_ending(span)
-            self.processor.on_end(span)
+            span.end()
 
 
 @pytest.fixture
 def provider(meter: Meter) -> Iterator[Provider]:
     provider = Provider(TallystickSpanProcessor(meter))
     yield provider
-    provider.processor.shutdown()
+    provider.tracers.shutdown()
 
 
 def test_the_processor_keeps_usage_and_what_is_above_it(meter: Meter, provider: Provider) -> None:
@@ -212,7 +218,7 @@ def test_the_processor_never_blocks_or_breaks_the_app(
     assert entered.wait(20)
     provider.end(*(provider.run(**USED) for _ in range(8)))
     assert provider.processor.dropped == 3
-    provider.end(SimpleNamespace())
+    provider.processor.on_end(SimpleNamespace())
     leave.set()
     assert provider.processor.force_flush()
     assert numbers(impatient) == {1, *range(2, 7)}
@@ -221,7 +227,8 @@ def test_the_processor_never_blocks_or_breaks_the_app(
         raise OSError("no room")
 
     monkeypatch.setattr(impatient._traces, "keep", broken)
-    provider.end(provider.run(**USED), SimpleNamespace(name="odd"))
+    provider.end(provider.run(**USED))
+    provider.processor.on_end(SimpleNamespace(name="odd"))
     provider.processor.shutdown()
     assert provider.processor.dropped == 6
     assert "no room" in caplog.text
@@ -244,7 +251,7 @@ def test_the_processor_survives_a_fork(meter: Meter, provider: Provider) -> None
         provider.end(provider.run(**USED))
         os._exit(0 if provider.processor.force_flush() else 1)
     assert os.waitpid(child, 0)[1] == 0
-    provider.count += 1
+    provider.ids.count += 1
     provider.end(provider.run(**USED))
     assert provider.processor.force_flush()
     assert numbers(meter) == {1, 2, 3}
