@@ -1,7 +1,8 @@
 """The whole way in one go: a month of usage into a ledger, and its bills out. `make demo` runs this.
 
-Without files it makes up a month of traffic, always the same (`examples.traffic`), on `examples/plans.toml`.
-With files it bills those; what `tallystick import` takes after them is passed on.
+Without files it makes up a month of traffic and what was traced of it, always the same (`examples.traffic`,
+`examples.traces`), on `examples/plans.toml`, and reconciles the two. With files it bills those; what
+`tallystick import` takes after them is passed on.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
+from examples.traces import write_traces
 from examples.traffic import write_month
 
 MONTH = "2026-10"
@@ -31,12 +33,15 @@ def main() -> int:
     if not Path("plans.toml").exists():
         os.environ.setdefault("METERING_PLANS", str(PLANS))
     period = given.period or MONTH
-    files = given.files
+    files, traces = given.files, []
     if not files:
-        files, import_options = [_made_up(period)], ["--map", "idempotency_key=request_id", *import_options]
+        calls, traces = _made_up(period)
+        files, import_options = [calls], ["--map", "idempotency_key=request_id", *import_options]
     commands = [
         ["metering.cli", "init"],
         ["metering.cli", "import", *map(str, files), *import_options],
+        *(["metering.cli", "import-spans", str(file)] for file in traces),
+        *(["flows", "reconcile-tokens", "--period", period] for _ in traces),
         ["flows.billing_cycle", "--period", period],
         ["flows", "verify", "invoice", "--period", period],
     ]
@@ -48,15 +53,22 @@ def main() -> int:
             return status
     page = Path(os.environ["METERING_HOME"]) / "out" / period / "index.html"
     print(f"\nThe bills of {period} are on {page.absolute()}")
+    if traces:
+        print(f"What differs from the traces is on {page.with_name('reconciliation.html').absolute()}")
     return 0
 
 
-def _made_up(period: str) -> Path:
-    path = Path(os.environ["METERING_HOME"]) / f"traffic-{period}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    summary = write_month(path, period=period)
-    print(f"made up {summary.rows:,} calls of {summary.accounts} accounts: {path}")
-    return path
+def _made_up(period: str) -> tuple[Path, list[Path]]:
+    """The calls and the traces of a month."""
+    calls = Path(os.environ["METERING_HOME"]) / f"traffic-{period}.csv"
+    traces = calls.with_name(f"traces-{period}.jsonl")
+    calls.parent.mkdir(parents=True, exist_ok=True)
+    summary = write_month(calls, period=period)
+    planted = write_traces(calls, traces)
+    print(f"made up {summary.rows:,} calls of {summary.accounts} accounts: {calls}")
+    faults = ", ".join(f"{count} x {fault}" for fault, count in planted.items() if fault != "none")
+    print(f"and what was traced of their {sum(planted.values()):,} runs, with faults planted ({faults}): {traces}")
+    return calls, [traces]
 
 
 if __name__ == "__main__":
