@@ -5,8 +5,6 @@ import json
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-import pytest
-
 from examples import traces
 from examples.traffic import write_month
 from metering.events import TOKEN_FIELDS, TokenUsage
@@ -14,6 +12,8 @@ from metering.traces import sum_trace_tokens
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import pytest
 
 SAID = ("input_tokens", "cache_read_tokens", "output_tokens", "reasoning_tokens")
 
