@@ -127,7 +127,7 @@ def reconcile_apply(
     from flows.places import Places
     from metering.cli.shared import actor as user
     from metering.clock import utc_now
-    from tasks.reconcile import apply_reconciliation
+    from tasks.reconciled import apply_reconciliation
 
     refused: list[str] = []
 

@@ -17,7 +17,8 @@ from metering.errors import InvalidSetting
 from reports.reconciliation import summary_markdown, verdict_rows
 from tasks.costs import cost_events
 from tasks.load import load_ledger
-from tasks.reconcile import reconcile_runs, write_reconciliation
+from tasks.reconcile import reconcile_runs
+from tasks.reconciled import write_reconciliation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, localcontext
@@ -12,60 +12,39 @@ import sqlalchemy as sa
 from prefect import task
 
 from metering.accounts import list_accounts
-from metering.billing.invoices import UsageSum
+from metering.billing.judging import judge
 from metering.billing.money import EXACT
 from metering.billing.reconciliation import (
     BilledEvent,
     ExpiredHold,
-    Reconciliation,
     RunFacts,
     RunVerdict,
     Tolerance,
     TracedModel,
-    judge,
 )
 from metering.billing.stakes import Stakes
 from metering.checks import MAX_TOKENS
-from metering.corrections import apply_verdict, standing
-from metering.errors import CorrectionConflict
+from metering.corrections import standing
 from metering.events import TOKEN_FIELDS, TokenUsage
-from metering.ledger import Ledger, admin_log, plan_versions, verdicts
+from metering.ledger import Ledger, plan_versions, verdicts
 from metering.ledger.schema import holds
 from metering.windows import Window, period_of_month
-from reports.reconciliation import (
-    corrections_csv,
-    corrections_json,
-    providers_csv,
-    reconciliation_html,
-    verdicts_csv,
-)
 from tasks.bills import INSTANT, usage_sums
-from tasks.costs import provider_cost
+from tasks.changes import changes_of
 from tasks.models import canonical_model
-from tasks.out import period_folder, write_file
-from tasks.provider_side import provider_days
 from tasks.warehouse import open_for_reading, sql
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
-    from uuid import UUID
 
     import duckdb
 
+    from metering.billing.invoices import UsageSum
     from metering.billing.reconciliation import Judgement
     from metering.ledger.plan_versions import PlanVersion
-    from metering.providers.reports import ProviderDay
 
-__all__ = [
-    "Found",
-    "Outcome",
-    "apply_reconciliation",
-    "is_asked_for",
-    "reconcile",
-    "reconcile_runs",
-    "write_reconciliation",
-]
+__all__ = ["is_asked_for", "reconcile", "reconcile_runs"]
 
 MOST_JUDGED = 50_000
 """Runs that are looked at one by one; where more differ, those of most tokens."""
@@ -135,96 +114,6 @@ def is_asked_for(ledger_url: str, period: str) -> bool:
     try:
         with ledger.read() as connection:
             return bool(_Known.of(connection, period).asked)
-    finally:
-        ledger.close()
-
-
-@task
-def write_reconciliation(ledger_url: str, warehouse: Path, out: Path, number: int) -> Found:
-    """Write a reconciliation's page and files to review under `out`, with what providers report of the same days.
-
-    Raises `UnknownReconciliation`, `WarehouseError`, `ReportError`.
-    """
-    reconciliation, verdicts_found = _read(ledger_url, number)
-    month = period_of_month(reconciliation.period, time_zone="UTC", anchor_day=1)
-    with open_for_reading(warehouse) as connection:
-        days = provider_days(ledger_url, connection, month.start.date(), month.end.date())
-    files = {
-        "reconciliation.html": reconciliation_html(reconciliation, verdicts_found, days),
-        "reconciliation.csv": verdicts_csv(reconciliation, verdicts_found),
-        "corrections.csv": corrections_csv(reconciliation, verdicts_found),
-        "corrections.json": corrections_json(reconciliation, verdicts_found),
-        "providers.csv": providers_csv(days),
-    }
-    with period_folder(out, reconciliation.period) as folder:
-        for name, content in files.items():
-            write_file(folder / name, content)
-    return Found(
-        page=folder / "reconciliation.html",
-        reconciliation=reconciliation,
-        verdicts=verdicts_found,
-        provider_days=days,
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
-    """What a reconciliation says, and where."""
-
-    page: Path
-    reconciliation: Reconciliation
-    verdicts: list[RunVerdict]
-    provider_days: list[ProviderDay]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What became of the corrections of a reconciliation, in runs."""
-
-    booked: int = 0
-    booked_before: int = 0
-    refused: tuple[str, ...] = ()
-    """Why each other one was not booked."""
-
-
-def apply_reconciliation(ledger_url: str, number: int, *, actor: str, now: datetime) -> Outcome:
-    """Book all that a reconciliation proposes, each run in a transaction of its own; a run once, whatever is killed.
-
-    Raises `UnknownReconciliation`.
-    """
-    _, found = _read(ledger_url, number)
-    booked, refused = Counter[bool](), []
-    ledger = Ledger(ledger_url)
-    try:
-        for verdict in found:
-            if verdict.applied_at is not None:
-                booked[False] += 1
-                continue
-            try:
-                booked[apply_verdict(ledger, verdict, reconciliation=number, actor=actor, now=now)] += 1
-            except CorrectionConflict as exc:
-                refused.append(str(exc))
-        if booked[True]:
-            with ledger.write() as connection:
-                admin_log.note(
-                    connection,
-                    at=now,
-                    actor=actor,
-                    action="reconciliation.apply",
-                    subject=str(number),
-                    booked=booked[True],
-                    refused=len(refused),
-                )
-    finally:
-        ledger.close()
-    return Outcome(booked=booked[True], booked_before=booked[False], refused=tuple(refused))
-
-
-def _read(ledger_url: str, number: int) -> tuple[Reconciliation, list[RunVerdict]]:
-    ledger = Ledger(ledger_url)
-    try:
-        with ledger.read() as connection:
-            return verdicts.find(connection, number), verdicts.verdicts_of(connection, number)
     finally:
         ledger.close()
 
@@ -390,11 +279,11 @@ def _rows(connection: duckdb.DuckDBPyConnection, query: str) -> list[dict[str, A
 def _verdict(
     run: RunFacts, judgement: Judgement, known: _Known, usage: dict[str, list[UsageSum]], number: int
 ) -> RunVerdict:
-    changes = _changes(run, judgement, known)
-    costs = [cost for _, cost, _ in changes]
+    changes = changes_of(run, judgement.corrections, known.in_force.get(run.account or ""))
+    costs = [change.cost for change in changes]
     stakes = None if run.account is None else _stakes(run.account, known, usage)
-    billable = [row for row, _, is_billable in changes if is_billable]
-    rows = [row for row in billable if row is not None]
+    billed = [change.usage for change in changes if change.is_billed]
+    rows = [row for row in billed if row is not None]
     return RunVerdict(
         number=number,
         account=run.account,
@@ -402,7 +291,7 @@ def _verdict(
         verdict=judgement.verdict,
         reason=judgement.reason,
         state=run.state,
-        amount=stakes.amount(rows) if stakes is not None and len(rows) == len(billable) else None,
+        amount=stakes.amount(rows) if stakes is not None and len(rows) == len(billed) else None,
         currency=None if stakes is None else stakes.currency,
         cost=None if None in costs else sum((cost for cost in costs if cost is not None), Decimal(0)),
         evidence={
@@ -420,95 +309,3 @@ def _stakes(account: str, known: _Known, usage: dict[str, list[UsageSum]]) -> St
         plans = {number: version.plan for number, version in known.plans.items()}
         known.stakes[account] = Stakes(plans, usage.get(account, []), known.in_force[account])
     return known.stakes[account]
-
-
-_Change = tuple[UsageSum | None, Decimal | None, bool]
-"""What is billed more (None: it is not known on which plan), its cost in USD, and whether anybody pays for it."""
-
-
-def _changes(run: RunFacts, judgement: Judgement, known: _Known) -> list[_Change]:
-    """What the corrections add to what is billed; where they change nothing, what taking the run back would."""
-    by_id: dict[UUID, BilledEvent] = {event.event_id: event for event in run.events}
-    changes: list[_Change] = []
-    steps = judgement.corrections
-    if not steps:  # a run that nobody can be billed for
-        return [
-            (None, _cost(model.provider, model.model, None, model.usage, model.started_at), False)
-            for model in run.traced
-        ]
-    for step in steps:
-        if step.action == "accept":
-            changes += [_taken(event) for event in run.events]
-        elif step.event_id is not None:
-            event = by_id[step.event_id]
-            changes.append(_taken(event))
-            if step.action == "replace":
-                paid = event.platform_paid
-                cost = _cost(step.provider, step.model, event.service_tier, step.usage, event.occurred_at, paid=paid)
-                row = _sum(
-                    event.plan_version,
-                    event.line,
-                    step.provider,
-                    step.model,
-                    event.service_tier,
-                    step.usage,
-                    cost,
-                    event.quantity,
-                )
-                changes.append((row, cost, event.billable))
-        else:
-            assert step.occurred_at is not None
-            cost = _cost(step.provider, step.model, None, step.usage, step.occurred_at)
-            version = known.in_force.get(run.account or "")
-            row = None
-            if version is not None and step.line is not None:
-                row = _sum(version, step.line, step.provider, step.model, None, step.usage, cost, Decimal(0))
-            changes.append((row, cost, True))
-    return changes
-
-
-def _taken(event: BilledEvent) -> _Change:
-    row = _sum(
-        event.plan_version,
-        event.line,
-        event.provider,
-        event.model,
-        event.service_tier,
-        event.usage,
-        event.cost,
-        event.quantity,
-        sign=-1,
-    )
-    return row, None if event.cost is None else -event.cost, event.billable
-
-
-def _sum(
-    plan_version: int,
-    line: str,
-    provider: str | None,
-    model: str | None,
-    service_tier: str | None,
-    usage: TokenUsage,
-    cost: Decimal | None,
-    quantity: Decimal,
-    sign: int = 1,
-) -> UsageSum:
-    return UsageSum(
-        plan_version=plan_version,
-        line=line,
-        provider=provider,
-        model=model,
-        service_tier=service_tier,
-        requests=sign,
-        quantity=sign * quantity,
-        cost=sign * (cost or Decimal(0)),
-        unpriced_requests=sign if cost is None else 0,
-        **{name: sign * count for name, count in usage.to_dict().items()},
-    )
-
-
-def _cost(
-    provider: str | None, model: str | None, tier: str | None, usage: TokenUsage, at: datetime, *, paid: bool = True
-) -> Decimal | None:
-    said = {"provider": provider, "model": model, "service_tier": tier, "occurred_at": at, "platform_paid": paid}
-    return provider_cost({**said, **usage.to_dict()})

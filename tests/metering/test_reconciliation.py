@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from metering.billing.judging import judge
 from metering.billing.reconciliation import (
     BilledEvent,
     Correction,
@@ -19,7 +20,6 @@ from metering.billing.reconciliation import (
     RunFacts,
     Tolerance,
     TracedModel,
-    judge,
 )
 from metering.events import TOKEN_FIELDS, TokenUsage
 
@@ -153,6 +153,15 @@ def test_nothing_is_proposed_for_what_is_nobodys() -> None:
     found = judge(facts, Tolerance())
     assert (found.verdict, found.corrections) == ("unbilled", ())
     assert found.reason == "1,100 tokens were traced, none are billed; no span names the account"
+
+
+def test_more_than_an_event_can_have_is_proposed_as_the_most() -> None:
+    most = TokenUsage(input_tokens=2**53)
+    for events in ([billed(1)], [billed(1, most), billed(2, most), billed(3, model=None)]):
+        facts = run(events, [traced(most), traced(most, None), traced(most, "mini")])
+        found = judge(facts, Tolerance())
+        assert found.verdict == "mismatched"
+        assert max(step.usage.input_tokens for step in found.corrections) <= 2**53
 
 
 def test_the_state_is_what_stands() -> None:

@@ -12,7 +12,7 @@ import pytest
 from metering.admission.verify import check_counters
 from metering.errors import CorrectionConflict, UnknownReconciliation
 from metering.events import TokenUsage
-from tasks.reconcile import apply_reconciliation
+from tasks.reconciled import apply_reconciliation
 from tests.tasks.place import COSTED_AT, NOVEMBER
 from tests.tasks.runs import PLANS, USED, Runs, book, reconciled
 

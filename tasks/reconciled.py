@@ -1,0 +1,123 @@
+"""What becomes of a reconciliation: its report, and the corrections that are booked."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from prefect import task
+
+from metering.corrections import apply_verdict
+from metering.errors import CorrectionConflict
+from metering.ledger import Ledger, admin_log, verdicts
+from metering.windows import period_of_month
+from reports.reconciliation import (
+    corrections_csv,
+    corrections_json,
+    providers_csv,
+    reconciliation_html,
+    verdicts_csv,
+)
+from tasks.out import period_folder, write_file
+from tasks.provider_side import provider_days
+from tasks.warehouse import open_for_reading
+
+if TYPE_CHECKING:
+    from datetime import datetime
+    from pathlib import Path
+
+    from metering.billing.reconciliation import Reconciliation, RunVerdict
+    from metering.providers.reports import ProviderDay
+
+__all__ = ["Found", "Outcome", "apply_reconciliation", "write_reconciliation"]
+
+
+@task
+def write_reconciliation(ledger_url: str, warehouse: Path, out: Path, number: int) -> Found:
+    """Write a reconciliation's page and files to review under `out`, with what providers report of the same days.
+
+    Raises `UnknownReconciliation`, `WarehouseError`, `ReportError`.
+    """
+    reconciliation, verdicts_found = _read(ledger_url, number)
+    month = period_of_month(reconciliation.period, time_zone="UTC", anchor_day=1)
+    with open_for_reading(warehouse) as connection:
+        days = provider_days(ledger_url, connection, month.start.date(), month.end.date())
+    files = {
+        "reconciliation.html": reconciliation_html(reconciliation, verdicts_found, days),
+        "reconciliation.csv": verdicts_csv(reconciliation, verdicts_found),
+        "corrections.csv": corrections_csv(reconciliation, verdicts_found),
+        "corrections.json": corrections_json(reconciliation, verdicts_found),
+        "providers.csv": providers_csv(days),
+    }
+    with period_folder(out, reconciliation.period) as folder:
+        for name, content in files.items():
+            write_file(folder / name, content)
+    return Found(
+        page=folder / "reconciliation.html",
+        reconciliation=reconciliation,
+        verdicts=verdicts_found,
+        provider_days=days,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What a reconciliation says, and where."""
+
+    page: Path
+    reconciliation: Reconciliation
+    verdicts: list[RunVerdict]
+    provider_days: list[ProviderDay]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of the corrections of a reconciliation, in runs."""
+
+    booked: int = 0
+    booked_before: int = 0
+    refused: tuple[str, ...] = ()
+    """Why each other one was not booked."""
+
+
+def apply_reconciliation(ledger_url: str, number: int, *, actor: str, now: datetime) -> Outcome:
+    """Book all that a reconciliation proposes, each run in a transaction of its own; a run once, whatever is killed.
+
+    Raises `UnknownReconciliation`.
+    """
+    _, found = _read(ledger_url, number)
+    booked, refused = Counter[bool](), []
+    ledger = Ledger(ledger_url)
+    try:
+        for verdict in found:
+            if verdict.applied_at is not None:
+                booked[False] += 1
+                continue
+            try:
+                booked[apply_verdict(ledger, verdict, reconciliation=number, actor=actor, now=now)] += 1
+            except CorrectionConflict as exc:
+                refused.append(str(exc))
+        if booked[True]:
+            with ledger.write() as connection:
+                admin_log.note(
+                    connection,
+                    at=now,
+                    actor=actor,
+                    action="reconciliation.apply",
+                    subject=str(number),
+                    booked=booked[True],
+                    refused=len(refused),
+                )
+    finally:
+        ledger.close()
+    return Outcome(booked=booked[True], booked_before=booked[False], refused=tuple(refused))
+
+
+def _read(ledger_url: str, number: int) -> tuple[Reconciliation, list[RunVerdict]]:
+    ledger = Ledger(ledger_url)
+    try:
+        with ledger.read() as connection:
+            return verdicts.find(connection, number), verdicts.verdicts_of(connection, number)
+    finally:
+        ledger.close()
