@@ -22,6 +22,8 @@ app = typer.Typer(
 reconcile = typer.Typer(help="What reconciliations propose.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(reconcile, name="reconcile")
 
+MAX_NUMBER = 2**31 - 1
+
 Period = Annotated[
     str | None, typer.Option(help="The month the billing periods start in, YYYY-MM; last month unless said.")
 ]
@@ -109,7 +111,9 @@ def reconcile_tokens(
         str | None,
         typer.Option(help="The month the billing periods start in, YYYY-MM; unless said, last month and this."),
     ] = None,
-    tolerance_tokens: Annotated[int, typer.Option(help="By how many tokens a count may differ.")] = 2,
+    tolerance_tokens: Annotated[
+        int, typer.Option(min=0, max=MAX_NUMBER, help="By how many tokens a count may differ.")
+    ] = 2,
     tolerance_percent: Annotated[str, typer.Option(help="Or by how much of what was traced.")] = "0.1",
 ) -> None:
     """Compare what was billed with what was traced, run by run, and propose corrections."""
@@ -120,7 +124,15 @@ def reconcile_tokens(
 
 @reconcile.command("apply")
 def reconcile_apply(
-    reconciliation: Annotated[int, typer.Argument(metavar="RUN", help="The number of a reconciliation.")],
+    reconciliation: Annotated[
+        int, typer.Argument(metavar="RUN", min=1, max=MAX_NUMBER, help="The number of a reconciliation.")
+    ],
+    number: Annotated[
+        list[int] | None, typer.Option(help="Only the run with this number on its page; may be given more than once.")
+    ] = None,
+    verdict: Annotated[
+        list[str] | None, typer.Option(help="Only runs of this verdict; may be given more than once.")
+    ] = None,
     actor: Annotated[str | None, typer.Option(help="Who, for the ledger; the system's user unless said.")] = None,
 ) -> None:
     """Book the corrections that a reconciliation proposed, each run's once; says which are refused, and why."""
@@ -133,7 +145,12 @@ def reconcile_apply(
 
     def book() -> dict[str, int]:
         outcome = apply_reconciliation(
-            Places.from_env().ledger_url, reconciliation, actor=actor or user(), now=utc_now()
+            Places.from_env().ledger_url,
+            reconciliation,
+            actor=actor or user(),
+            now=utc_now(),
+            only=number or (),
+            verdicts_of=verdict or (),
         )
         refused.extend(outcome.refused)
         return {"booked": outcome.booked, "booked_before": outcome.booked_before, "refused": len(refused)}

@@ -30,7 +30,7 @@ def billing_cycle(period: str | None = None) -> Path:
     month = billed_month(period, now)
     aggregate_usage()
     places = Places.from_env()
-    if is_asked_for(places.ledger_url, month):
+    if is_asked_for(places.ledger_url, month, now):
         reconcile_period(places, month, now)
     return bill_period(month)
 

@@ -6,7 +6,7 @@ import inspect
 import json
 import logging
 import sys
-from argparse import ArgumentParser
+from argparse import SUPPRESS, ArgumentParser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ def run(flow: Any) -> None:
     """Run a flow with its parameters read from the command line, print its result, and exit."""
     parser = ArgumentParser(prog=f"python -m flows.{flow.fn.__name__}", description=inspect.getdoc(flow.fn))
     for name in inspect.signature(flow.fn).parameters:
-        parser.add_argument(f"--{name.replace('_', '-')}", dest=name)
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, default=SUPPRESS)
     sys.exit(call(flow, **vars(parser.parse_args())))
 
 

@@ -71,8 +71,8 @@ def months_of(period: str | None, now: datetime) -> Sequence[str]:
 
 
 def _tolerance(tokens: int, percent: str) -> Tolerance:
-    if tokens < 0:
-        raise InvalidSetting("tolerance_tokens", tokens, "0 or more")
+    if not 0 <= tokens < 2**31:
+        raise InvalidSetting("tolerance_tokens", tokens, f"0 to {2**31 - 1}")
     try:
         share = Decimal(percent)
         if 0 <= share <= 100:

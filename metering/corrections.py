@@ -15,6 +15,7 @@ from metering.billing.reconciliation import state_of
 from metering.errors import CorrectionConflict, UnknownEvent
 from metering.events import TOKEN_FIELDS, Call, TokenUsage, derive_event_id
 from metering.ledger import outbox
+from metering.ledger.transactions import Locked
 from metering.ledger.types import decimal_text, instant_text, parse_instant
 
 if TYPE_CHECKING:
@@ -102,13 +103,15 @@ def _book(
 
 
 def apply_verdict(ledger: Ledger, verdict: RunVerdict, *, reconciliation: int, actor: str, now: datetime) -> bool:
-    """Book what is proposed for a run, all of it in one transaction; False where it was booked before.
+    """Book what is proposed for a run, all of it in one transaction; False where just that was booked before.
 
     Another reconciliation may have proposed the same: ids derive from what was billed then, so it is booked once.
-    Raises `CorrectionConflict`, with nothing booked, where something else is billed for the run since it was judged, or
-    where the proposal says too little.
+    Raises `CorrectionConflict`, with nothing booked, where anything else is billed or traced of the run since it was
+    judged, or where the proposal says too little.
     """
-    return ledger.writer.run(lambda cursor: _apply(cursor, verdict, reconciliation, actor, now))
+    accounts = () if verdict.account is None else (verdict.account,)
+    work = Locked(lambda cursor: _apply(cursor, verdict, reconciliation, actor, now), accounts=accounts)
+    return ledger.writer.run(work)
 
 
 def _apply(cursor: Cursor, verdict: RunVerdict, number: int, actor: str, now: datetime) -> bool:
@@ -117,31 +120,46 @@ def _apply(cursor: Cursor, verdict: RunVerdict, number: int, actor: str, now: da
         raise CorrectionConflict(f"{what}: nothing is proposed that could be booked ({verdict.reason})")
     if any(step.action == "add" and step.line is None for step in verdict.corrections):
         raise CorrectionConflict(f"{what}: it is not known which line it is sold on: use Meter.record, with its run_id")
-    wanted = [_outcome(verdict, step) for step in verdict.corrections if step.action != "accept"]
-    is_as_judged = state_of(standing(_run_events(cursor, verdict.account, verdict.run_id))) == verdict.state
-    if not is_as_judged and not (wanted and all(find_event(cursor, event_id) is not None for event_id in wanted)):
-        raise CorrectionConflict(f"{what}: what is billed for it has changed since it was judged; reconcile again")
+    is_as_judged = _state(cursor, verdict.account, verdict.run_id) == verdict.state
+    if not is_as_judged and not _is_booked(cursor, verdict):
+        raise CorrectionConflict(f"{what}: it has changed since it was judged; reconcile again")
     if is_as_judged:
         reason = f"reconciliation {number}: {verdict.verdict}"
         for step in verdict.corrections:
             if step.event_id is not None:
-                _replace(cursor, step, reason, now)
+                _book(cursor, step.event_id, _wanted(step), reason, now)
             elif step.action == "add":
-                _add(cursor, verdict, step, reason, now)
+                row = _added_row(cursor, verdict, step, now) | {"reason": reason}
+                cursor.execute(_SQL["insert_event_id"], row)
+                cursor.execute(_SQL["insert_event"], row)
     mark = {"reconciliation": number, "number": verdict.number, "applied_at": instant_text(now), "applied_by": actor}
     cursor.execute(_SQL["mark_applied"], mark)
     return is_as_judged
 
 
-def _run_events(cursor: Cursor, account: str, run_id: str) -> list[tuple[UUID, int]]:
+def _state(cursor: Cursor, account: str, run_id: str) -> str:
     rows = cursor.execute(_SQL["find_run_events"], {"account": account, "run_id": run_id}).fetchall()
     # A signal without a model counts a text, and is no call of a model.
     texts = {event_id for event_id, kind, *_, model in rows if kind == "signal" and model is None}
-    return [
-        (UUID(event_id), requests)
-        for event_id, _, corrects, requests, model in rows
-        if model is not None or not texts & {event_id, corrects}
+    numbers = [
+        seq for event_id, _, corrects, seq, model in rows if model is not None or not texts & {event_id, corrects}
     ]
+    spans, last_span = cursor.execute(_SQL["count_run_spans"], {"run_id": run_id}).fetchone()
+    return state_of(len(numbers), max(numbers, default=0), spans, last_span)
+
+
+def _is_booked(cursor: Cursor, verdict: RunVerdict) -> bool:
+    """Whether every step was booked before, as it is."""
+    steps = [step for step in verdict.corrections if step.action != "accept"]
+    for step in steps:
+        found = find_event(cursor, _outcome(verdict, step))
+        if step.event_id is None:
+            wanted: dict[str, Any] = {**step.usage.to_dict(), "line": step.line, "model": step.model}
+        else:
+            wanted = _wanted(step)
+        if found is None or any(found[name] != value for name, value in wanted.items()):
+            return False
+    return bool(steps)
 
 
 def standing(events: Iterable[tuple[UUID, int]]) -> set[UUID]:
@@ -157,23 +175,27 @@ def _outcome(verdict: RunVerdict, step: reconciliation.Correction) -> UUID:
     return derive_event_id("reconciled", verdict.account or "", verdict.run_id, step.model or "", verdict.state)
 
 
-def _replace(cursor: Cursor, step: reconciliation.Correction, reason: str, now: datetime) -> None:
-    assert step.event_id is not None
-    wanted: dict[str, Any] = dict(step.usage.to_dict())
+def _wanted(step: reconciliation.Correction) -> dict[str, Any]:
+    """What is to change of the event of a step."""
     if step.action == "take_back":
-        wanted["billable"] = False
-    else:
-        wanted |= {name: value for name, value in (("model", step.model), ("provider", step.provider)) if value}
-    _book(cursor, step.event_id, wanted, reason, now)
+        return {**step.usage.to_dict(), "billable": False}
+    named = {name: value for name, value in (("model", step.model), ("provider", step.provider)) if value is not None}
+    return {**step.usage.to_dict(), **named}
 
 
-def _add(cursor: Cursor, verdict: RunVerdict, step: reconciliation.Correction, reason: str, now: datetime) -> None:
+def _added_row(cursor: Cursor, verdict: RunVerdict, step: reconciliation.Correction, now: datetime) -> dict[str, Any]:
     assert verdict.account is not None
     assert step.line is not None
     assert step.occurred_at is not None
     placed = Directory().place(cursor, verdict.account, step.occurred_at)
-    row = event_row(
-        Call(line=step.line, provider=step.provider, model=step.model, run_id=verdict.run_id),
+    return event_row(
+        Call(
+            line=step.line,
+            provider=step.provider,
+            model=step.model,
+            run_id=verdict.run_id,
+            platform_paid=step.platform_paid,
+        ),
         event_id=_outcome(verdict, step),
         account=verdict.account,
         key_id=None,
@@ -184,12 +206,11 @@ def _add(cursor: Cursor, verdict: RunVerdict, step: reconciliation.Correction, r
         usage=step.usage,
         quantity=None,
         kind="correction",
+        caller_type=step.caller_type,
+        billable=step.billable,
         late=True,
         source="reconciliation",
     )
-    row["reason"] = reason
-    cursor.execute(_SQL["insert_event_id"], row)
-    cursor.execute(_SQL["insert_event"], row)
 
 
 _CORRECTABLE = (*TOKEN_FIELDS, "quantity", "model", "provider", "billable")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
-from metering.billing.reconciliation import VERDICTS
+from metering.billing.reconciliation import VERDICTS, Stake
 from metering.events import TOKEN_FIELDS
 from metering.providers.reports import ALL_MODELS, COUNTS
 from reports.formats import cell, exact_sum, number, plain
@@ -94,8 +94,11 @@ def reconciliation_html(
         differing=sum(total[name] for name in VERDICTS if name != "matched") + total["not judged"],
         verdicts=[name for name in VERDICTS if name != "matched"],
         others=[name for name in OTHER_STATES if total[name]],
-        stakes=_stakes(found),
-        accounts=_accounts(reconciliation, found),
+        totals=_totals(reconciliation),
+        cost=exact_sum(stake.cost for stake in reconciliation.stakes.values()),
+        unpriced=sum(stake.unpriced for stake in reconciliation.stakes.values()),
+        sampled=sorted(account for account, stake in reconciliation.stakes.items() if stake.looks_sampled),
+        accounts=_accounts(reconciliation),
         runs=[(verdict, billed_tokens(verdict), traced_tokens(verdict), _steps(verdict)) for verdict in runs[:SHOWN]],
         left_out=len(runs) - SHOWN,
         days=days,
@@ -201,6 +204,17 @@ def corrections_json(reconciliation: Reconciliation, found: Iterable[RunVerdict]
             "percent": plain(reconciliation.tolerance.percent),
         },
         "runs": reconciliation.runs,
+        "stakes": {
+            account: {
+                "currency": stake.currency,
+                "change": plain(stake.change),
+                "unproven": plain(stake.unproven),
+                "cost_usd": plain(stake.cost),
+                "unpriced_runs": stake.unpriced,
+                "looks_sampled": stake.looks_sampled,
+            }
+            for account, stake in reconciliation.stakes.items()
+        },
         "differing": [
             {
                 "number": verdict.number,
@@ -226,11 +240,19 @@ def summary_markdown(
     """What was found, in a few lines of Markdown."""
     lines = [f"Reconciliation {reconciliation.number} of {reconciliation.period}: runs by verdict", ""]
     lines += [f"- {name}: {count:,}" for name, count in reconciliation.totals().items()] or ["- no runs"]
-    for stake in _stakes(found):
+    for total in _totals(reconciliation):
         lines.append(
-            f"- money at stake in {stake.currency}: {plain(stake.owed)} not billed so far, {plain(stake.overbilled)} "
-            f"billed too much, {plain(stake.unproven)} billed without a trace"
+            f"- money at stake in {total.currency}: {plain(total.owed)} not billed so far, {plain(total.overbilled)} "
+            f"billed too much, {plain(total.unproven)} billed without a trace"
         )
+    unpriced = sum(stake.unpriced for stake in reconciliation.stakes.values())
+    if unpriced:
+        lines.append(f"- without a price, and in no sum: {unpriced:,} runs")
+    lines += [
+        f"- **{account}: so many runs are traced less than billed that tracing may leave calls out: do not apply**"
+        for account, stake in sorted(reconciliation.stakes.items())
+        if stake.looks_sampled
+    ]
     if days:
         off = sum(not day.agrees for day in days)
         lines.append(f"- what providers report, by day and model: {off:,} of {len(days):,} differ")
@@ -269,69 +291,40 @@ def _tokens(counts: Iterable[dict[str, Any]]) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Stake:
-    """Money at stake in one currency: at the plans' rates."""
+class _Total:
+    """Money at stake in one currency, over accounts."""
 
     currency: str
     owed: Decimal
-    """Not billed so far."""
+    """What corrections add to the bills of accounts that owe more."""
     overbilled: Decimal
+    """What they take off the others."""
     unproven: Decimal
-    """Billed, and nothing was traced of it."""
 
 
-def _stakes(found: Iterable[RunVerdict]) -> list[_Stake]:
-    by_currency: dict[str, list[RunVerdict]] = {}
-    for verdict in found:
-        if verdict.currency is not None:
-            by_currency.setdefault(verdict.currency, []).append(verdict)
+def _totals(reconciliation: Reconciliation) -> list[_Total]:
+    by_currency: dict[str, list[Stake]] = {}
+    for stake in reconciliation.stakes.values():
+        if stake.currency is not None:
+            by_currency.setdefault(stake.currency, []).append(stake)
     return [
-        _Stake(
+        _Total(
             currency=currency,
-            owed=exact_sum(max(Decimal(0), verdict.amount or Decimal(0)) for verdict in verdicts),
-            overbilled=exact_sum(
-                max(Decimal(0), -(verdict.amount or Decimal(0))) for verdict in verdicts if not _is_accepted(verdict)
-            ),
-            unproven=exact_sum(
-                max(Decimal(0), -(verdict.amount or Decimal(0))) for verdict in verdicts if _is_accepted(verdict)
-            ),
+            owed=exact_sum(max(Decimal(0), stake.change) for stake in stakes),
+            overbilled=exact_sum(max(Decimal(0), -stake.change) for stake in stakes),
+            unproven=exact_sum(stake.unproven for stake in stakes),
         )
-        for currency, verdicts in sorted(by_currency.items())
+        for currency, stakes in sorted(by_currency.items())
     ]
 
 
-def _is_accepted(verdict: RunVerdict) -> bool:
-    return any(step.action == "accept" for step in verdict.corrections)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Account:
-    """What one account's runs were found to be."""
-
-    account: str
-    """Empty where it is not known."""
-    counts: Counter[str]
-    stake: _Stake | None
-    cost: Decimal
-    """USD of the provider that the corrections add; of those whose price is known."""
-
-
-def _accounts(reconciliation: Reconciliation, found: Iterable[RunVerdict]) -> list[_Account]:
-    by_account: dict[str, list[RunVerdict]] = {account: [] for account in reconciliation.runs}
-    for verdict in found:
-        by_account.setdefault(verdict.account or "", []).append(verdict)
+def _accounts(reconciliation: Reconciliation) -> list[tuple[str, Counter[str], Stake]]:
+    """Those of most runs that differ first; the account is empty where it is not known."""
     rows = [
-        _Account(
-            account=account,
-            counts=Counter(reconciliation.runs.get(account, {})),
-            stake=next(iter(_stakes(verdicts)), None),
-            cost=exact_sum(
-                verdict.cost for verdict in verdicts if verdict.cost is not None and not _is_accepted(verdict)
-            ),
-        )
-        for account, verdicts in by_account.items()
+        (account, Counter(counts), reconciliation.stakes.get(account, Stake()))
+        for account, counts in reconciliation.runs.items()
     ]
-    return sorted(rows, key=lambda row: (-sum(row.counts[name] for name in VERDICTS[1:]), row.account))
+    return sorted(rows, key=lambda row: (-sum(row[1][name] for name in VERDICTS[1:]), row[0]))
 
 
 def _steps(verdict: RunVerdict) -> str:
@@ -361,6 +354,9 @@ def _step(step: Correction) -> dict[str, Any]:
         "provider": step.provider,
         "model": step.model,
         "usage": None if step.action == "accept" else step.usage.to_dict(),
+        "caller_type": step.caller_type if step.action == "add" else None,
+        "billable": step.billable if step.action == "add" else None,
+        "platform_paid": step.platform_paid if step.action == "add" else None,
         "occurred_at": None if step.occurred_at is None else step.occurred_at.isoformat(),
     }
 

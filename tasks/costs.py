@@ -109,7 +109,7 @@ def pricing(connection: sa.Connection) -> Callable[[Mapping[str, Any]], Cost]:
     named = {version.plan_version: version.plan.named_price for version in plan_versions.versions(connection)}
 
     def cost_of(event: Mapping[str, Any]) -> Cost:
-        cost, name = provider_cost(event), named[event["plan_version"]]
+        cost, name = provider_cost(event), named.get(event["plan_version"])
         if cost is None and name is not None:
             provider, _, model = name.partition(":")
             cost = provider_cost({**event, "provider": provider, "model": model})

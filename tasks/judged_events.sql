@@ -1,16 +1,18 @@
--- Every event of the runs to be judged, reversals included, whenever it was.
+-- Every event of the runs to be judged, reversals included.
 SELECT
     seq,
     event_id,
     account,
     run_id,
     requests,
+    period,
     plan_version,
     line,
     provider,
     model,
     name AS known_as,
     service_tier,
+    caller_type,
     occurred_at,
     COLUMNS('.*_tokens'),
     quantity,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, localcontext
 from typing import TYPE_CHECKING, Any
@@ -19,10 +19,10 @@ from metering.billing.reconciliation import (
     ExpiredHold,
     RunFacts,
     RunVerdict,
+    Stake,
     Tolerance,
     TracedModel,
 )
-from metering.billing.stakes import Stakes
 from metering.checks import MAX_TOKENS
 from metering.corrections import standing
 from metering.events import TOKEN_FIELDS, TokenUsage
@@ -30,7 +30,7 @@ from metering.ledger import Ledger, plan_versions, verdicts
 from metering.ledger.schema import holds
 from metering.windows import Window, period_of_month
 from tasks.bills import INSTANT, usage_sums
-from tasks.changes import changes_of
+from tasks.changes import Change, Prices
 from tasks.models import canonical_model
 from tasks.warehouse import open_for_reading, sql
 
@@ -40,9 +40,8 @@ if TYPE_CHECKING:
 
     import duckdb
 
-    from metering.billing.invoices import UsageSum
     from metering.billing.reconciliation import Judgement
-    from metering.ledger.plan_versions import PlanVersion
+    from metering.plans import Plan
 
 __all__ = ["is_asked_for", "reconcile", "reconcile_runs"]
 
@@ -52,8 +51,12 @@ MOST_JUDGED = 50_000
 QUIET = timedelta(hours=1)
 """A run that was heard of more recently may still be settled, or traced: it is judged the next time."""
 
-LONGEST_RUN = timedelta(days=31)
-"""Spans are looked for so long before and after a period."""
+NEAR = timedelta(days=31)
+"""Spans below others are looked for so long before and after a period."""
+
+FEW_RUNS = 10
+SAMPLED_SHARE = 20
+"""More than a few runs, and more than one in so many, traced less than billed: tracing may leave calls out."""
 
 _Run = tuple[str, str]
 """Account (empty where it is not known) and run."""
@@ -68,52 +71,58 @@ def reconcile_runs(ledger_url: str, warehouse: Path, period: str, now: datetime,
 def reconcile(ledger_url: str, warehouse: Path, period: str, *, now: datetime, tolerance: Tolerance) -> int:
     """Judge every run of the periods that start in a month; the number under which the ledger has the verdicts.
 
-    Compared are the accounts whose plan asks for it, and those of which anything was traced. Raises `WarehouseError`.
+    Compared are the accounts whose plan asks for it, and those of which anything was traced. A run that was active in
+    the period is judged over its whole life. Raises `WarehouseError`.
     """
     ledger = Ledger(ledger_url)
     try:
-        with ledger.read() as connection:
-            known = _Known.of(connection, period)
-        with open_for_reading(warehouse) as connection:
+        with open_for_reading(warehouse) as connection, ledger.read() as facts_of, localcontext(EXACT):
+            known = _Known.of(facts_of, period, now)
             _compare(connection, known, now, tolerance)
             counts = _counts(connection)
             facts = _facts(connection, known)
             usual_lines = dict(connection.execute(sql("usual_lines")).fetchall())
-            usage = usage_sums(connection, period)
+            prices = Prices(facts_of, now, lambda label: usage_sums(connection, label))
+            found: list[RunVerdict] = []
+            changes: defaultdict[str, list[_Judged]] = defaultdict(list)
+            for run in facts:
+                line = usual_lines.get(run.account) or known.only_line(run.account)
+                judgement = judge(run, tolerance, usual_line=line)
+                counts[run.account or ""][judgement.verdict] += 1
+                if judgement.verdict != "matched":
+                    changed = prices.changes(run, judgement.corrections)
+                    found.append(_verdict(run, judgement, changed, prices, period, len(found) + 1))
+                    changes[run.account or ""].append((run, judgement, changed))
+            stakes = {
+                account: _stake(account, judged, prices, period, sum(counts[account].values()))
+                for account, judged in changes.items()
+            }
             events_to, spans_to = (
                 int(connection.execute(f"SELECT coalesce(max(seq), 0) FROM {table}").fetchall()[0][0])  # noqa: S608
                 for table in ("load_watermark", "span_watermark")
             )
-        found: list[RunVerdict] = []
-        with localcontext(EXACT):
-            for run in facts:
-                line = usual_lines.get(run.account) or known.only_line(run.account)
-                judgement = judge(run, tolerance, usual_line=line)
-                stands = (run.account, run.run_id, judgement.verdict, run.state) in known.accepted
-                counts[run.account or ""]["accepted" if stands else judgement.verdict] += 1
-                if judgement.verdict != "matched" and not stands:
-                    found.append(_verdict(run, judgement, known, usage, len(found) + 1))
-        with ledger.write() as connection:
+        with ledger.write() as writing:
             return verdicts.record(
-                connection,
+                writing,
                 period=period,
                 made_at=now,
                 events_to=events_to,
                 spans_to=spans_to,
                 tolerance=tolerance,
                 runs=counts,
+                stakes=stakes,
                 found=found,
             )
     finally:
         ledger.close()
 
 
-def is_asked_for(ledger_url: str, period: str) -> bool:
+def is_asked_for(ledger_url: str, period: str, now: datetime) -> bool:
     """Whether the plan of any account asks for its runs to be reconciled."""
     ledger = Ledger(ledger_url)
     try:
         with ledger.read() as connection:
-            return bool(_Known.of(connection, period).asked)
+            return bool(_Known.of(connection, period, now).asked)
     finally:
         ledger.close()
 
@@ -126,41 +135,35 @@ class _Known:
     month: Window
     windows: dict[str, Window]
     """By account."""
-    asked: list[str]
-    """Accounts whose plan asks to be reconciled."""
-    in_force: dict[str, int]
-    """Account -> plan version at the end of its period."""
-    plans: dict[int, PlanVersion]
+    plans: dict[str, Plan]
+    """By account, at the end of its period."""
     open_runs: dict[_Run, datetime]
-    expired: dict[_Run, list[ExpiredHold]]
-    accepted: set[tuple[str | None, str, str, str]]
-    stakes: dict[str, Stakes] = field(default_factory=dict)
+    expired: defaultdict[_Run, list[ExpiredHold]]
+    accepted: set[tuple[str, str, str]]
+    """(account, run, state)."""
 
     @classmethod
-    def of(cls, connection: sa.Connection, period: str) -> _Known:
+    def of(cls, connection: sa.Connection, period: str, now: datetime) -> _Known:
         month = period_of_month(period, time_zone="UTC", anchor_day=1)
         known = cls(
             period=period,
             month=month,
             windows={},
-            asked=[],
-            in_force={},
-            plans={version.plan_version: version for version in plan_versions.versions(connection)},
+            plans={},
             open_runs={},
             expired=defaultdict(list),
-            accepted=verdicts.accepted(connection, period),
+            accepted=verdicts.accepted(connection),
         )
         for account in list_accounts(connection, month.end):
             window = period_of_month(period, time_zone=account.time_zone, anchor_day=account.anchor_day)
             version = plan_versions.in_force(connection, account.account, window.end - INSTANT)
             assert version is not None
             known.windows[account.account] = window
-            known.in_force[account.account] = version.plan_version
-            if version.plan.reconcile != "none":
-                known.asked.append(account.account)
-        left = sa.select(holds).where(holds.c.state.in_(["open", "expired"]), holds.c.run_id.is_not(None))
-        for hold in connection.execute(left.where(holds.c.admitted_at.between(known.since, known.until))):
-            if hold.state == "open":
+            known.plans[account.account] = version.plan
+        unsettled = sa.select(holds).where(holds.c.state.in_(["open", "expired"]), holds.c.run_id.is_not(None))
+        for hold in connection.execute(unsettled):
+            # Only the account's next admission would mark it.
+            if hold.state == "open" and hold.expires_at > now:
                 known.open_runs[hold.account, hold.run_id] = hold.admitted_at
             else:
                 expired = ExpiredHold(hold_id=hold.hold_id, line=hold.line, admitted_at=hold.admitted_at)
@@ -168,30 +171,28 @@ class _Known:
         return known
 
     @property
-    def since(self) -> datetime:
-        return self.month.start - LONGEST_RUN
-
-    @property
-    def until(self) -> datetime:
-        return max([self.month.end, *(window.end for window in self.windows.values())]) + LONGEST_RUN
+    def asked(self) -> list[str]:
+        """Accounts whose plan asks to be reconciled."""
+        return [account for account, plan in self.plans.items() if plan.reconcile != "none"]
 
     def only_line(self, account: str | None) -> str | None:
         """The one line on which the account's plan sells tokens."""
-        if account not in self.in_force:
+        if account is None:
             return None
-        rates = self.plans[self.in_force[account]].plan.rates
-        lines = {rate.line for rate in rates if rate.metric not in ("requests", "quantity", None)}
+        lines = {rate.line for rate in self.plans[account].rates if rate.metric not in ("requests", "quantity", None)}
         return lines.pop() if len(lines) == 1 and "*" not in lines else None
 
 
 def _compare(connection: duckdb.DuckDBPyConnection, known: _Known, now: datetime, tolerance: Tolerance) -> None:
-    """Run `reconcile.sql`, which leaves its answers in temporary tables."""
+    """Leave in temporary tables what differs: first by a look at the period, then over the whole life of each run."""
+    since = min([known.month.start, *(window.start for window in known.windows.values())])
+    until = max([known.month.end, *(window.end for window in known.windows.values())])
     values = {
         "period": known.period,
-        "earliest_period": f"{known.month.start - timedelta(days=1):%Y-%m}",
-        "latest_period": f"{known.month.end:%Y-%m}",
-        "since": known.since,
-        "until": known.until,
+        "since": since,
+        "until": until,
+        "near_since": since - NEAR,
+        "near_until": until + NEAR,
         "month_start": known.month.start,
         "month_end": known.month.end,
         "quiet_since": now - QUIET,
@@ -202,8 +203,8 @@ def _compare(connection: duckdb.DuckDBPyConnection, known: _Known, now: datetime
     for name, value in values.items():
         connection.execute(f"SET VARIABLE {name} = $value", {"value": value})
     connection.execute(sql("reconcile_tables"))
-    raw = connection.execute("SELECT model FROM usage_events UNION SELECT model FROM spans").fetchall()
-    names = {model: canonical_model(None, model) or model for (model,) in raw if model is not None}
+    raw = [connection.execute(f"SELECT DISTINCT model FROM {table}").fetchall() for table in ("usage_events", "spans")]  # noqa: S608
+    names = {model: canonical_model(None, model) or model for rows in raw for (model,) in rows if model is not None}
     numbers = {name: number for number, name in enumerate(sorted(set(names.values())), 1)}
     _fill(connection, "model_names", [(model, name, numbers[name]) for model, name in names.items()])
     held = [(*run, True, at) for run, at in known.open_runs.items()]
@@ -211,12 +212,19 @@ def _compare(connection: duckdb.DuckDBPyConnection, known: _Known, now: datetime
     _fill(connection, "held_runs", held)
     _fill(connection, "periods", [(account, window.start, window.end) for account, window in known.windows.items()])
     _fill(connection, "asked", [(account,) for account in known.asked])
-    connection.execute(sql("reconcile"))
+    _fill(connection, "accepted", list(known.accepted))
+    named = connection.execute("SELECT DISTINCT account FROM spans WHERE account IS NOT NULL").fetchall()
+    _fill(connection, "strangers", [(account, True) for (account,) in named if account not in known.windows])
+    for step in ("counted_spans", "reconcile", "reconcile_again", "counted_spans", "differing"):
+        connection.execute(sql(step))
 
 
 def _fill(connection: duckdb.DuckDBPyConnection, table: str, rows: Sequence[tuple[Any, ...]]) -> None:
-    if rows:
-        connection.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * len(rows[0]))})", rows)  # noqa: S608
+    """Insert rows; column by column, because one by one they would take as long as the comparison."""
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    if columns:
+        unnested = ", ".join("unnest(?)" for _ in columns)
+        connection.execute(f"INSERT INTO {table} SELECT {unnested}", columns)
 
 
 def _counts(connection: duckdb.DuckDBPyConnection) -> defaultdict[str, defaultdict[str, int]]:
@@ -229,9 +237,9 @@ def _counts(connection: duckdb.DuckDBPyConnection) -> defaultdict[str, defaultdi
 
 def _facts(connection: duckdb.DuckDBPyConnection, known: _Known) -> list[RunFacts]:
     """Everything known of each run that is to be judged."""
-    events: defaultdict[_Run, list[tuple[dict[str, Any], int]]] = defaultdict(list)
+    events: defaultdict[_Run, list[dict[str, Any]]] = defaultdict(list)
     for row in _rows(connection, "judged_events"):
-        events[row["account"], row["run_id"]].append((row, row["requests"]))
+        events[row["account"], row["run_id"]].append(row)
     traced: defaultdict[_Run, list[TracedModel]] = defaultdict(list)
     for row in _rows(connection, "judged_spans"):
         traced[row["account"], row["run_id"]].append(
@@ -245,6 +253,7 @@ def _facts(connection: duckdb.DuckDBPyConnection, known: _Known) -> list[RunFact
                 ended_at=row["ended_at"].astimezone(UTC),
             )
         )
+    billed_to = {run_id: account for account, run_id in events}
     return [
         RunFacts(
             account=account or None,
@@ -252,14 +261,16 @@ def _facts(connection: duckdb.DuckDBPyConnection, known: _Known) -> list[RunFact
             events=tuple(_standing(events[account, run_id])),
             traced=tuple(traced[account, run_id]),
             expired=tuple(known.expired.get((account, run_id), ())),
+            state=state,
+            billed_to=billed_to.get(run_id) if billed_to.get(run_id) != account else None,
         )
-        for account, run_id in connection.execute("SELECT account, run_id FROM judged ORDER BY ALL").fetchall()
+        for account, run_id, state in connection.execute("FROM judged ORDER BY ALL").fetchall()
     ]
 
 
-def _standing(rows: Sequence[tuple[dict[str, Any], int]]) -> Iterable[BilledEvent]:
-    left = standing((row["event_id"], requests) for row, requests in rows)
-    for row, _ in rows:
+def _standing(rows: Sequence[dict[str, Any]]) -> Iterable[BilledEvent]:
+    left = standing((row["event_id"], row["requests"]) for row in rows)
+    for row in rows:
         if row["event_id"] in left:
             named = {name: row[name] for name in BilledEvent.__slots__ if name != "usage"}
             yield BilledEvent(**named | {"occurred_at": row["occurred_at"].astimezone(UTC)}, usage=_usage(row))
@@ -277,13 +288,8 @@ def _rows(connection: duckdb.DuckDBPyConnection, query: str) -> list[dict[str, A
 
 
 def _verdict(
-    run: RunFacts, judgement: Judgement, known: _Known, usage: dict[str, list[UsageSum]], number: int
+    run: RunFacts, judgement: Judgement, changes: Sequence[Change], prices: Prices, period: str, number: int
 ) -> RunVerdict:
-    changes = changes_of(run, judgement.corrections, known.in_force.get(run.account or ""))
-    costs = [change.cost for change in changes]
-    stakes = None if run.account is None else _stakes(run.account, known, usage)
-    billed = [change.usage for change in changes if change.is_billed]
-    rows = [row for row in billed if row is not None]
     return RunVerdict(
         number=number,
         account=run.account,
@@ -291,9 +297,9 @@ def _verdict(
         verdict=judgement.verdict,
         reason=judgement.reason,
         state=run.state,
-        amount=stakes.amount(rows) if stakes is not None and len(rows) == len(billed) else None,
-        currency=None if stakes is None else stakes.currency,
-        cost=None if None in costs else sum((cost for cost in costs if cost is not None), Decimal(0)),
+        amount=None if run.account is None else prices.amount(run.account, changes),
+        currency=None if run.account is None else prices.currency(run.account, period),
+        cost=_cost(changes),
         evidence={
             "billed": [{"model": event.model, **event.usage.to_dict()} for event in run.events],
             "traced": [{"model": model.model, "calls": model.calls, **model.usage.to_dict()} for model in run.traced],
@@ -304,8 +310,35 @@ def _verdict(
     )
 
 
-def _stakes(account: str, known: _Known, usage: dict[str, list[UsageSum]]) -> Stakes:
-    if account not in known.stakes:
-        plans = {number: version.plan for number, version in known.plans.items()}
-        known.stakes[account] = Stakes(plans, usage.get(account, []), known.in_force[account])
-    return known.stakes[account]
+_Judged = tuple[RunFacts, "Judgement", list[Change]]
+
+
+def _stake(account: str, judged: Sequence[_Judged], prices: Prices, period: str, runs: int) -> Stake:
+    """What the corrections of an account come to together; `runs` are all that were compared."""
+    proven: list[Change] = []
+    unproven: list[Change] = []
+    unpriced = 0
+    less = 0
+    for run, judgement, changes in judged:
+        traced = sum(model.usage.total_tokens for model in run.traced)
+        less += 0 < traced < sum(event.usage.total_tokens for event in run.events)
+        if _cost(changes) is None or (account and prices.amount(account, changes) is None):
+            unpriced += 1
+        elif any(step.action == "accept" for step in judgement.corrections):
+            unproven += changes
+        elif judgement.corrections:
+            proven += changes
+    return Stake(
+        currency=prices.currency(account, period) if account else None,
+        change=prices.amount(account, proven) or Decimal(0) if account else Decimal(0),
+        unproven=-(prices.amount(account, unproven) or Decimal(0)) if account else Decimal(0),
+        cost=_cost(proven) or Decimal(0),
+        unpriced=unpriced,
+        looks_sampled=less > max(FEW_RUNS, runs // SAMPLED_SHARE),
+    )
+
+
+def _cost(changes: Iterable[Change]) -> Decimal | None:
+    """USD, of all together; None where one is not known."""
+    costs = [change.cost for change in changes]
+    return None if None in costs else sum((cost for cost in costs if cost is not None), Decimal(0))

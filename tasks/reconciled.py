@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prefect import task
 
+from metering.billing.reconciliation import VERDICTS
 from metering.corrections import apply_verdict
-from metering.errors import CorrectionConflict
+from metering.errors import CorrectionConflict, InvalidSetting
 from metering.ledger import Ledger, admin_log, verdicts
 from metering.windows import period_of_month
 from reports.reconciliation import (
@@ -24,6 +25,7 @@ from tasks.provider_side import provider_days
 from tasks.warehouse import open_for_reading
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from datetime import datetime
     from pathlib import Path
 
@@ -81,16 +83,42 @@ class Outcome:
     """Why each other one was not booked."""
 
 
-def apply_reconciliation(ledger_url: str, number: int, *, actor: str, now: datetime) -> Outcome:
-    """Book all that a reconciliation proposes, each run in a transaction of its own; a run once, whatever is killed.
+def apply_reconciliation(
+    ledger_url: str,
+    number: int,
+    *,
+    actor: str,
+    now: datetime,
+    only: Collection[int] = (),
+    verdicts_of: Collection[str] = (),
+) -> Outcome:
+    """Book what a reconciliation proposes, each run in a transaction of its own; a run once, whatever is killed.
 
-    Raises `UnknownReconciliation`.
+    All of it, or of the runs with these numbers or these verdicts only. Raises `UnknownReconciliation`, and
+    `InvalidSetting` for a number or a verdict that it does not have.
     """
     _, found = _read(ledger_url, number)
+    _check("number", only, {verdict.number for verdict in found})
+    _check("verdict", verdicts_of, VERDICTS)
+    chosen = [
+        verdict
+        for verdict in found
+        if (not only or verdict.number in only) and (not verdicts_of or verdict.verdict in verdicts_of)
+    ]
     booked, refused = Counter[bool](), []
     ledger = Ledger(ledger_url)
     try:
-        for verdict in found:
+        # Before the first of them, so that the log has it whatever is killed; each verdict says who applied it.
+        with ledger.write() as connection:
+            admin_log.note(
+                connection,
+                at=now,
+                actor=actor,
+                action="reconciliation.apply",
+                subject=str(number),
+                runs=sum(verdict.applied_at is None for verdict in chosen),
+            )
+        for verdict in chosen:
             if verdict.applied_at is not None:
                 booked[False] += 1
                 continue
@@ -98,20 +126,16 @@ def apply_reconciliation(ledger_url: str, number: int, *, actor: str, now: datet
                 booked[apply_verdict(ledger, verdict, reconciliation=number, actor=actor, now=now)] += 1
             except CorrectionConflict as exc:
                 refused.append(str(exc))
-        if booked[True]:
-            with ledger.write() as connection:
-                admin_log.note(
-                    connection,
-                    at=now,
-                    actor=actor,
-                    action="reconciliation.apply",
-                    subject=str(number),
-                    booked=booked[True],
-                    refused=len(refused),
-                )
     finally:
         ledger.close()
     return Outcome(booked=booked[True], booked_before=booked[False], refused=tuple(refused))
+
+
+def _check(field: str, asked: Collection[Any], known: Collection[Any]) -> None:
+    unknown = [value for value in asked if value not in known]
+    if unknown:
+        shown = ", ".join(map(str, sorted(known)[:20])) or "none"
+        raise InvalidSetting(field, unknown[0], f"one that the reconciliation has: {shown}")
 
 
 def _read(ledger_url: str, number: int) -> tuple[Reconciliation, list[RunVerdict]]:

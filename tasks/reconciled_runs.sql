@@ -1,9 +1,16 @@
 -- How many runs of each account are left alone, and why.
-SELECT account, state, sum(runs) FROM runs WHERE state <> 'differs' GROUP BY ALL
-UNION ALL
-SELECT account, 'matched', count(*) FROM runs WHERE state = 'differs' AND (account, run_id) NOT IN (
-    SELECT (account, run_id) FROM differing
-) GROUP BY ALL
-UNION ALL
-SELECT account, 'not judged', count(*) FROM differing ANTI JOIN judged USING (account, run_id) GROUP BY ALL
-ORDER BY ALL
+WITH left_alone AS (
+    SELECT account, 'matched' AS state, runs FROM runs WHERE run_id IS NULL
+    UNION ALL
+    SELECT account, 'matched', 1 FROM suspects ANTI JOIN differing USING (account, run_id)
+    UNION ALL
+    SELECT account, 'pending', 1 FROM pending
+    UNION ALL
+    SELECT account, 'accepted', 1 FROM accepted_runs
+    UNION ALL
+    SELECT account, 'not judged', 1 FROM differing
+    ANTI JOIN pending USING (account, run_id)
+    ANTI JOIN accepted_runs USING (account, run_id)
+    ANTI JOIN judged USING (account, run_id)
+)
+SELECT account, state, sum(runs) FROM left_alone GROUP BY ALL ORDER BY ALL

@@ -176,7 +176,10 @@ INSERT INTO request_log (
 SELECT * FROM events WHERE event_id = :event_id
 
 -- name: find_run_events
-SELECT event_id, kind, corrects, requests, model FROM events WHERE account = :account AND run_id = :run_id
+SELECT event_id, kind, corrects, seq, model FROM events WHERE account = :account AND run_id = :run_id
+
+-- name: count_run_spans
+SELECT count(*), coalesce(max(seq), 0) FROM spans WHERE run_id = :run_id
 
 -- name: mark_applied
 UPDATE verdicts SET applied_at = :applied_at, applied_by = :applied_by

@@ -38,12 +38,15 @@ def judge(run: RunFacts, tolerance: Tolerance, *, usual_line: str | None = None)
     a whole; else an event without a model is taken for one of the model it fits. `usual_line` is what an event is added
     on where neither an event nor a hold of the run tells.
     """
+    # What was taken back, or failed, and is billed to nobody bills nothing that was traced.
+    run = replace(run, events=tuple(event for event in run.events if event.billable or event.usage.total_tokens))
     billed = sum(event.usage.total_tokens for event in run.events)
     traced = sum(model.usage.total_tokens for model in run.traced)
-    if not traced:
-        return _untraced(run, billed)
-    if not run.events:
-        return _unbilled(run, usual_line)
+    if not traced or not run.events:
+        differs = _Group(None, run.events, run.traced, tolerance).differs
+        if not differs and (billed or traced):
+            return Judgement(verdict="matched")
+        return _unbilled(run, usual_line) if traced else _untraced(run, billed)
     groups = _groups(run, tolerance)
     differing = [group for group in groups if group.differs]
     if not differing:
@@ -79,8 +82,10 @@ def _unbilled(run: RunFacts, usual_line: str | None) -> Judgement:
     reason = f"{total:,} tokens were traced, none are billed"
     line = run.expired[0].line if run.expired else usual_line
     if run.account is None:
-        return Judgement(verdict="unbilled", reason=f"{reason}; no span names the account")
-    added = tuple(_added(model, line) for model in run.traced if model.usage.total_tokens)
+        return Judgement(verdict="unbilled", reason=f"{reason}; no span names an account of the ledger")
+    if run.billed_to is not None:
+        return Judgement(verdict="unbilled", reason=f"{reason}; a run of this id is billed to {run.billed_to}")
+    added = tuple(_added(run, model, model.usage, line) for model in run.traced if model.usage.total_tokens)
     if run.expired:
         return Judgement(
             verdict="abandoned", reason=f"{_named(run.expired)} was never settled: {reason}", corrections=added
@@ -93,14 +98,25 @@ def _named(holds: Sequence[ExpiredHold]) -> str:
     return f"hold {holds[0].hold_id}{more} on line {holds[0].line}"
 
 
-def _added(model: TracedModel, line: str | None) -> Correction:
-    return Correction(
+def _added(run: RunFacts, model: TracedModel, usage: TokenUsage, line: str | None) -> Correction:
+    """An event more, for whom and at whose cost the run's other events are."""
+    like = next(iter(sorted(run.events, key=lambda event: (not event.billable, event.seq))), None)
+    added = Correction(
         action="add",
         line=line,
         provider=model.provider,
         model=model.model,
-        usage=model.usage,
+        usage=usage,
         occurred_at=model.started_at,
+    )
+    if like is None:
+        return added
+    return replace(
+        added,
+        line=like.line,
+        caller_type=like.caller_type,
+        billable=like.billable,
+        platform_paid=like.platform_paid,
     )
 
 
@@ -149,10 +165,11 @@ class _Group:
         if not self.events or not any(self.target.values()):
             return ""
         name = self.name or "all models"
-        kept = self.kept(self.target)
+        kept, missing = self.kept(self.target)
         taken = [event for event in self.events if kept[event.event_id] is None]
         if (
             taken
+            and missing is None
             and all(any(_is_repeat(event, other) for other in self.events if other not in taken) for event in taken)
             and self._agrees(_sum(event.usage for event in self.events if event not in taken), self.target)
         ):
@@ -197,14 +214,14 @@ class _Group:
             return ""
         return f"{self.name or 'all models'}: {', '.join(told)}"
 
-    def kept(self, target: Mapping[str, int]) -> dict[UUID, TokenUsage | None]:
+    def kept(self, target: Mapping[str, int]) -> tuple[dict[UUID, TokenUsage | None], TokenUsage | None]:
         """What each event is to bill, so that together they bill `target`; None for one to be taken back.
 
-        As many as possible stay as they are, the earlier ones first.
+        As many as possible stay as they are, the earlier ones first. What is missing is billed on one that is billed to
+        somebody; where there is none it is the second answer.
         """
         kept: dict[UUID, TokenUsage | None] = {}
         billed = dict.fromkeys(TOKEN_FIELDS, 0)
-        others = []
         for event in self.events:
             with_it = {name: billed[name] + count for name, count in event.usage.to_dict().items()}
             is_needed = event.usage.total_tokens or not self._agrees(billed, target)
@@ -212,12 +229,18 @@ class _Group:
                 kept[event.event_id] = event.usage
                 billed = with_it
             else:
-                others.append(event)
                 kept[event.event_id] = None
-        if not self._agrees(billed, target):
-            changed, before = (others[0], TokenUsage()) if others else (self.events[-1], self.events[-1].usage)
-            kept[changed.event_id] = TokenUsage(**_sum([before, TokenUsage(**_left(billed, target))]))
-        return kept
+        if self._agrees(billed, target):
+            return kept, None
+        missing = TokenUsage(**_left(billed, target))
+        carriers = [event for event in self.events if event.billable]
+        carrier = next(
+            (event for event in carriers if kept[event.event_id] is None), carriers[-1] if carriers else None
+        )
+        if carrier is None:
+            return kept, missing
+        kept[carrier.event_id] = TokenUsage(**_sum([kept[carrier.event_id] or TokenUsage(), missing]))
+        return kept, None
 
     def _fits(self, billed: Mapping[str, int], target: Mapping[str, int]) -> bool:
         """Whether nothing is above the target by more than noise, and what is missing could be one call's."""
@@ -270,12 +293,13 @@ def _corrections(run: RunFacts, differing: Sequence[_Group], usual_line: str | N
     unbilled = [group for group in differing if not group.events]
     untraced = [group for group in differing if group.events and not group.traced]
     corrections = []
+    added = []
     for group in differing:
         if not group.events:
             continue
         # What was billed on a model of which nothing was traced was another model's.
         target = unbilled.pop(0) if group in untraced and unbilled else group
-        kept = group.kept(target.target)
+        kept, missing = group.kept(target.target)
         for event in group.events:
             after = kept[event.event_id]
             if after is None:
@@ -283,13 +307,14 @@ def _corrections(run: RunFacts, differing: Sequence[_Group], usual_line: str | N
                     corrections.append(_changed(event, TokenUsage(), action="take_back"))
             elif after != event.usage or target is not group:
                 changed = _changed(event, after, action="replace")
-                if event.known_as != target.name and len(target.traced) == 1:
+                if event.known_as != target.name and len(target.traced) == 1 and target.traced[0].model is not None:
                     named = target.traced[0]
                     changed = replace(changed, model=named.model, provider=named.provider or event.provider)
                 corrections.append(changed)
-    line = run.events[0].line if run.events else usual_line
-    corrections += [_added(model, line) for group in unbilled for model in group.traced]
-    return tuple(corrections)
+        if missing is not None:
+            added.append(_added(run, target.traced[0], missing, usual_line))
+    added += [_added(run, model, model.usage, usual_line) for group in unbilled for model in group.traced]
+    return (*corrections, *added)
 
 
 def _changed(event: BilledEvent, usage: TokenUsage, *, action: Action) -> Correction:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime  # noqa: TC003  of records that msgspec reads
@@ -13,7 +12,7 @@ from uuid import UUID  # noqa: TC003
 from metering.events import TokenUsage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
 __all__ = [
     "VERDICTS",
@@ -25,6 +24,7 @@ __all__ = [
     "Reconciliation",
     "RunFacts",
     "RunVerdict",
+    "Stake",
     "Tolerance",
     "TracedModel",
     "Verdict",
@@ -64,6 +64,8 @@ class BilledEvent:
     known_as: str | None
     """The model's one name, whoever spells it; None where none is named."""
     service_tier: str | None
+    caller_type: str
+    period: str
     occurred_at: datetime
     usage: TokenUsage
     quantity: Decimal
@@ -105,17 +107,15 @@ class RunFacts:
     events: tuple[BilledEvent, ...] = ()
     traced: tuple[TracedModel, ...] = ()
     expired: tuple[ExpiredHold, ...] = ()
+    state: str = ""
+    """See `state_of`."""
+    billed_to: str | None = None
+    """Another account that a run of this id is billed to."""
 
-    @property
-    def state(self) -> str:
-        """See `state_of`."""
-        return state_of(event.event_id for event in self.events)
 
-
-def state_of(event_ids: Iterable[UUID]) -> str:
-    """32 hex digits that differ once anything else is billed: events never change, so ids of those that stand tell."""
-    ids = ",".join(sorted(event_id.hex for event_id in event_ids))
-    return hashlib.blake2b(ids.encode(), digest_size=16).hexdigest()
+def state_of(events: int, last_event: int, spans: int, last_span: int) -> str:
+    """What differs once anything else is recorded of a run: how many rows of each kind, and the newest one's number."""
+    return f"{events}/{last_event}/{spans}/{last_span}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +134,10 @@ class Correction:
     """What is billed after it."""
     occurred_at: datetime | None = None
     """Of an added event."""
+    caller_type: str = "production_agent"
+    billable: bool = True
+    platform_paid: bool = True
+    """As the run's other events, of an added one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +147,24 @@ class Judgement:
     verdict: Verdict
     reason: str = ""
     corrections: tuple[Correction, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stake:
+    """What the corrections of all of an account's runs come to together."""
+
+    currency: str | None = None
+    """None where the account is not known."""
+    change: Decimal = Decimal(0)
+    """What they add to its bill, before the plan's minimum and rounding; below 0 where too much was billed."""
+    unproven: Decimal = Decimal(0)
+    """What is billed of runs of which nothing was traced."""
+    cost: Decimal = Decimal(0)
+    """USD that the corrections add to what the provider charges."""
+    unpriced: int = 0
+    """Runs without a price, which are in none of these."""
+    looks_sampled: bool = False
+    """Whether so many runs were traced less than billed that tracing may have left calls out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +182,9 @@ class Reconciliation:
     """Runs by account (empty where it is not known), and by what they were found to be: a verdict, or `accepted`,
     `pending` (heard of too recently, or held still) or `not judged` (too many differ).
     """
+
+    stakes: Mapping[str, Stake]
+    """By account, of those with runs that differ."""
 
     def totals(self) -> dict[str, int]:
         """Runs of all accounts by what they were found to be."""
@@ -182,8 +207,9 @@ class RunVerdict:
     state: str
     """Of `RunFacts`: corrections are refused once it is another one."""
     amount: Decimal | None
-    """What the corrections add to the account's bill, in `currency`, before any minimum and rounding; where they change
-    nothing, what taking the run back would: money that nothing proves. None where no price tells.
+    """What the corrections of this run alone add to the account's bill, in `currency`, before the plan's minimum and
+    rounding; where they change nothing, what taking the run back would: money that nothing proves. None where no price
+    tells. Where rates have tiers, amounts of runs do not add up to that of all: see `Stake`.
     """
     currency: str | None
     cost: Decimal | None

@@ -45,7 +45,9 @@ class Stakes:
                     if self._plans[version].currency != self.currency:
                         return None
                     moved = claims(self._plans[version], [row for row in changes if row.plan_version == version])
-                    if any(claim.unpriced_requests for claim in moved):
+                    if self._plans[version].unknown_price == "refuse" and any(
+                        claim.unpriced_requests for claim in moved
+                    ):
                         return None
                     total += sum(
                         (

@@ -401,7 +401,7 @@ spans = Table(
     Column("trace_id", NAME, nullable=False),
     Column("span_id", NAME, nullable=False),
     Column("parent_span_id", NAME),
-    Column("run_id", NAME, nullable=False),
+    Column("run_id", NAME, nullable=False, index=True),
     Column("account", NAME),
     Column("name", NAME, nullable=False),
     Column("convention", String(16)),
@@ -432,10 +432,12 @@ reconciliations = Table(
     Column("tolerance_tokens", Integer, nullable=False),
     Column("tolerance_percent", ExactDecimal, nullable=False),
     Column("runs", Text, nullable=False),
+    Column("stakes", Text, nullable=False),
 )
 """Each comparison of a period's billed runs with the traced ones: of what was loaded up to two watermarks.
 
-`runs` is how many runs got which verdict, as JSON; those that agree have no row in `verdicts`.
+`runs` is how many runs of each account got which verdict, and `stakes` what their corrections come to together, both
+as JSON; runs that agree have no row in `verdicts`.
 """
 
 verdicts = Table(
@@ -447,7 +449,7 @@ verdicts = Table(
     Column("run_id", NAME, nullable=False),
     Column("verdict", String(16), nullable=False),
     Column("reason", Text, nullable=False),
-    Column("state", String(32), nullable=False),
+    Column("state", POSITION, nullable=False),
     Column("amount", ExactDecimal),
     Column("currency", String(3)),
     Column("cost", ExactDecimal),
@@ -458,7 +460,7 @@ verdicts = Table(
     Index(None, "account", "run_id"),
     sqlite_with_rowid=False,
 )
-"""Runs that do not agree. `state` is a digest of what was billed for the run when it was judged, `evidence` what was
+"""Runs that do not agree. `state` tells how much was recorded of the run when it was judged, `evidence` is what was
 compared and `corrections` what is proposed, both as JSON; `amount` and `cost` are the money at stake.
 """
 

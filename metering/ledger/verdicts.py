@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import sqlalchemy as sa
 
-from metering.billing.reconciliation import Correction, Reconciliation, RunVerdict, Tolerance
+from metering.billing.reconciliation import Correction, Reconciliation, RunVerdict, Stake, Tolerance
 from metering.errors import UnknownReconciliation
 from metering.ledger.schema import reconciliations, verdicts
 
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 __all__ = ["accepted", "find", "record", "verdicts_of"]
 
 _corrections = msgspec.json.Decoder(tuple[Correction, ...])
+_stakes = msgspec.json.Decoder(dict[str, Stake])
+
+KEPT = 10
+"""Reconciliations of a period whose proposals are kept; of older ones only what was applied."""
 
 
 def record(
@@ -29,6 +33,7 @@ def record(
     spans_to: int,
     tolerance: Tolerance,
     runs: Mapping[str, Mapping[str, int]],
+    stakes: Mapping[str, Stake],
     found: Iterable[RunVerdict],
 ) -> int:
     """Within a transaction: write a reconciliation; its number."""
@@ -41,6 +46,7 @@ def record(
             tolerance_tokens=tolerance.tokens,
             tolerance_percent=tolerance.percent,
             runs=_json(runs),
+            stakes=_json(stakes),
         )
     )
     assert written.inserted_primary_key is not None
@@ -64,6 +70,10 @@ def record(
     ]
     if rows:
         connection.execute(verdicts.insert(), rows)
+    of_period = sa.select(reconciliations.c.reconciliation).where(reconciliations.c.period == period)
+    newest = connection.execute(of_period.order_by(reconciliations.c.reconciliation.desc()).limit(KEPT)).scalars().all()
+    old = of_period.where(reconciliations.c.reconciliation < min(newest))
+    connection.execute(verdicts.delete().where(verdicts.c.reconciliation.in_(old), verdicts.c.applied_at.is_(None)))
     return number
 
 
@@ -80,6 +90,7 @@ def find(connection: sa.Connection, number: int) -> Reconciliation:
         spans_to=row.spans_to,
         tolerance=Tolerance(tokens=row.tolerance_tokens, percent=row.tolerance_percent),
         runs=msgspec.json.decode(row.runs),
+        stakes=_stakes.decode(row.stakes),
     )
 
 
@@ -98,12 +109,10 @@ def verdicts_of(connection: sa.Connection, number: int) -> list[RunVerdict]:
     ]
 
 
-def accepted(connection: sa.Connection, period: str) -> set[tuple[str | None, str, str, str]]:
-    """(account, run, verdict, state) of what was found in a period, and applied: as it is, it stands."""
-    query = (
-        sa.select(verdicts.c.account, verdicts.c.run_id, verdicts.c.verdict, verdicts.c.state)
-        .join(reconciliations, reconciliations.c.reconciliation == verdicts.c.reconciliation)
-        .where(reconciliations.c.period == period, verdicts.c.applied_at.is_not(None))
+def accepted(connection: sa.Connection) -> set[tuple[str, str, str]]:
+    """(account, run, state) of runs that stand as they are billed, for as long as nothing else is recorded of them."""
+    query = sa.select(verdicts.c.account, verdicts.c.run_id, verdicts.c.state).where(
+        verdicts.c.applied_at.is_not(None), verdicts.c.verdict.in_(["untraced", "abandoned"])
     )
     return {tuple(row) for row in connection.execute(query)}
 

@@ -37,6 +37,8 @@ def billed(number: int, usage: TokenUsage = USED, **said: Any) -> BilledEvent:
         "provider": "openai",
         "model": "gpt-4.1",
         "service_tier": None,
+        "caller_type": "production_agent",
+        "period": "2023-11",
         "occurred_at": AT,
         "quantity": Decimal(0),
         "billable": True,
@@ -152,7 +154,7 @@ def test_nothing_is_proposed_for_what_is_nobodys() -> None:
     facts = replace(run([], [traced()]), account=None)
     found = judge(facts, Tolerance())
     assert (found.verdict, found.corrections) == ("unbilled", ())
-    assert found.reason == "1,100 tokens were traced, none are billed; no span names the account"
+    assert found.reason == "1,100 tokens were traced, none are billed; no span names an account of the ledger"
 
 
 def test_more_than_an_event_can_have_is_proposed_as_the_most() -> None:
@@ -164,9 +166,32 @@ def test_more_than_an_event_can_have_is_proposed_as_the_most() -> None:
         assert max(step.usage.input_tokens for step in found.corrections) <= 2**53
 
 
-def test_the_state_is_what_stands() -> None:
-    one, two = billed(1), billed(2)
-    assert run([one, two], []).state == run([two, one], [traced()]).state != run([one], []).state
+def test_what_is_missing_is_never_billed_on_what_nobody_pays_for() -> None:
+    two = times(USED, 2)
+    found = judge(run([billed(1), billed(2, billable=False)], [traced(times(USED, 3))]), Tolerance())
+    assert [(step.action, step.event_id, step.usage) for step in found.corrections] == [("replace", UUID(int=1), two)]
+    # A call that failed, or was taken back: what was traced is not billed at all.
+    found = judge(run([billed(1, TokenUsage(), billable=False)], [traced()]), Tolerance(), usual_line="application")
+    assert (found.verdict, found.corrections[0].action, found.corrections[0].billable) == ("unbilled", "add", True)
+
+
+def test_what_is_added_is_for_whom_and_at_whose_cost_the_run_is() -> None:
+    internal = billed(1, billable=False, caller_type="internal", platform_paid=False, line="other")
+    for spans in ([traced(times(USED, 2))], [traced(), traced(USED, "mini")]):
+        (added,) = judge(run([internal], spans), Tolerance()).corrections
+        assert (added.action, added.usage, added.line) == ("add", USED, "other")
+        assert (added.billable, added.caller_type, added.platform_paid) == (False, "internal", False)
+
+
+def test_a_run_that_is_billed_to_another_account_is_not_billed_to_this_one_too() -> None:
+    found = judge(replace(run([], [traced()]), billed_to="beta"), Tolerance(), usual_line="application")
+    assert (found.verdict, found.corrections) == ("unbilled", ())
+    assert found.reason.endswith("; a run of this id is billed to beta")
+
+
+def test_a_model_that_was_not_traced_by_name_stays_as_it_is_billed() -> None:
+    found = judge(run([billed(1)], [traced(times(USED, 2), None)]), Tolerance())
+    assert [(step.action, step.model) for step in found.corrections] == [("replace", "gpt-4.1")]
 
 
 counts = st.integers(0, 12) | st.integers(0, 3_000)
@@ -228,7 +253,7 @@ def corrected(facts: RunFacts, steps: tuple[Correction, ...]) -> RunFacts:
     for number, step in enumerate(steps, 100):
         if step.action == "add":
             assert step.line == "application"
-            by_id[UUID(int=number)] = billed(number, step.usage, model=step.model)
+            by_id[UUID(int=number)] = billed(number, step.usage, model=step.model, billable=step.billable)
         else:
             assert step.event_id is not None
             event = by_id[step.event_id]

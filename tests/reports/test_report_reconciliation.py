@@ -12,7 +12,7 @@ from uuid import UUID
 
 import pytest
 
-from metering.billing.reconciliation import Correction, Reconciliation, RunVerdict, Tolerance
+from metering.billing.reconciliation import Correction, Reconciliation, RunVerdict, Stake, Tolerance
 from metering.events import TokenUsage
 from metering.providers.reports import Counts, ProviderDay
 from reports.reconciliation import (
@@ -78,6 +78,11 @@ RECONCILED = Reconciliation(
         "": {"unbilled": 1},
         "euro": {"unbilled": 1},
     },
+    stakes={
+        "acme": Stake(currency="USD", change=Decimal("-2.25"), unproven=Decimal(4), cost=Decimal("-1.5")),
+        "": Stake(unpriced=1),
+        "euro": Stake(currency="EUR", change=Decimal("1.25"), cost=Decimal("0.5"), looks_sampled=True),
+    },
 )
 
 
@@ -103,11 +108,13 @@ def test_the_page_says_what_agrees_and_what_is_at_stake(day: ProviderDay) -> Non
     for said in (
         "Number 12, of periods that start in 2023-11. Billed against traced; a count may differ by 2 tokens or 0.1%.",
         "Runs that agree 1,000 Runs that differ 5 3 unbilled 1 untraced 1 double-counted",
-        "Not billed so far 1.25 EUR 1.25 USD Billed too much 0.00 EUR 3.50 USD",
+        "Not billed so far 1.25 EUR 0.00 USD Billed too much 0.00 EUR 2.25 USD",
         "Billed without a trace 0.00 EUR 4.00 USD",
+        "Provider cost of corrections -1.00 USD 1 runs without a price are in no sum",
+        "Traced less than billed So many runs are that tracing may leave calls out",
         "Left alone 2 pending",
-        "acme 1,000 1 1 0 1 0 1.25 USD 3.50 USD 4.00 USD -1.50",
-        "not known 0 1 0 0 0 0 \N{EN DASH} \N{EN DASH} \N{EN DASH} 0.00",
+        "acme 1,000 1 1 0 1 0 -2.25 USD 4.00 USD -1.50",
+        "not known 0 1 0 0 0 0 \N{EN DASH} \N{EN DASH} 0.00",
         "python -m flows reconcile apply 12",
         "2 double-counted acme run-2 0 1,100 -3.50 USD -2.00 why take 00000000-0000-0000-0000-000000000007 back",
         "why bill 1,100 tokens of gpt-4.1 on application",
@@ -120,7 +127,7 @@ def test_the_page_says_what_agrees_and_what_is_at_stake(day: ProviderDay) -> Non
 
 
 def test_the_page_of_nothing_says_how_to_begin() -> None:
-    words = words_of(reconciliation_html(replace(RECONCILED, runs={}), []))
+    words = words_of(reconciliation_html(replace(RECONCILED, runs={}, stakes={}), []))
     assert 'a plan that says reconcile = "traces" does' in words.replace("&#34;", '"')
     assert "Runs that agree 0 Runs that differ 0" in words
 
@@ -154,6 +161,7 @@ def test_files_to_review_have_reason_and_evidence() -> None:
     assert (document["reconciliation"], document["tolerance"]) == (12, {"tokens": 2, "percent": "0.1"})
     assert document["differing"][1]["corrections"][0]["action"] == "take_back"
     assert document["differing"][3]["account"] is None
+    assert document["stakes"]["acme"]["change"] == "-2.25"
     assert corrections_json(RECONCILED, FOUND) == corrections_json(RECONCILED, list(FOUND))
 
 
@@ -167,7 +175,8 @@ def test_the_providers_days_are_a_file_too(day: ProviderDay) -> None:
 def test_artifacts_say_the_same_in_short(day: ProviderDay) -> None:
     said = summary_markdown(RECONCILED, FOUND, [day])
     assert "- unbilled: 3\n" in said
-    assert "- money at stake in USD: 1.25 not billed so far, 3.5 billed too much, 4 billed without a trace\n" in said
+    assert "- money at stake in USD: 0 not billed so far, 2.25 billed too much, 4 billed without a trace\n" in said
+    assert "- without a price, and in no sum: 1 runs\n- **euro: so many runs are traced less than billed" in said
     assert "- what providers report, by day and model: 1 of 1 differ\n" in said
     assert said.endswith("`python -m flows reconcile apply 12`")
     assert verdict_rows(FOUND)[0] == {

@@ -37,9 +37,9 @@ def test_the_same_spans_count(traces: Sequence[Sequence[Node]]) -> None:
         if rows:
             connection.executemany(f"INSERT INTO spans VALUES ({', '.join('?' * len(rows[0]))})", rows)
         set_variables(connection)
-        connection.execute(sql("reconcile_tables"))
-        connection.execute(sql("reconcile"))
-        found = connection.execute("SELECT run_id, sum(input_tokens) FROM counted_spans GROUP BY ALL").fetchall()
+        for step in ("reconcile_tables", "counted_spans", "reconcile"):
+            connection.execute(sql(step))
+        found = connection.execute("SELECT run_id, sum(input_tokens) FROM counted GROUP BY ALL").fetchall()
     assert {run_id: int(total) for run_id, total in found} == expected
 
 
@@ -59,16 +59,13 @@ def set_variables(connection: duckdb.DuckDBPyConnection) -> None:
     month = NOVEMBER - timedelta(days=40), NOVEMBER + timedelta(days=40)
     values = {
         "period": PERIOD,
-        "earliest_period": PERIOD,
-        "latest_period": PERIOD,
         "since": month[0],
         "until": month[1],
+        "near_since": month[0],
+        "near_until": month[1],
         "month_start": month[0],
         "month_end": month[1],
-        "quiet_since": month[1],
         "tolerance_tokens": 0,
-        "tolerance_percent": 0.0,
-        "most_judged": 10,
     }
     for name, value in values.items():
         connection.execute(f"SET VARIABLE {name} = $value", {"value": value})

@@ -1,4 +1,4 @@
-"""Reconciliation: verdicts on runs, what providers report, costs that a recost replaced, and events by run."""
+"""Reconciliation: verdicts on runs, what providers report, costs that a recost replaced, events and spans by run."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def upgrade() -> None:
         sqlite_where=sa.text("run_id IS NOT NULL"),
         postgresql_where=sa.text("run_id IS NOT NULL"),
     )
+    op.create_index(op.f("ix_spans_run_id"), "spans", ["run_id"], unique=False)
     op.create_table(
         "recosts",
         sa.Column("recost", sa.Integer(), nullable=False),
@@ -52,6 +53,7 @@ def upgrade() -> None:
         sa.Column("tolerance_tokens", sa.Integer(), nullable=False),
         sa.Column("tolerance_percent", types.ExactDecimal(), nullable=False),
         sa.Column("runs", sa.Text(), nullable=False),
+        sa.Column("stakes", sa.Text(), nullable=False),
         sa.PrimaryKeyConstraint("reconciliation", name=op.f("pk_reconciliations")),
     )
     op.create_table(
@@ -62,7 +64,7 @@ def upgrade() -> None:
         sa.Column("run_id", sa.String(length=255), nullable=False),
         sa.Column("verdict", sa.String(length=16), nullable=False),
         sa.Column("reason", sa.Text(), nullable=False),
-        sa.Column("state", sa.String(length=32), nullable=False),
+        sa.Column("state", sa.String(length=80), nullable=False),
         sa.Column("amount", types.ExactDecimal(), nullable=True),
         sa.Column("currency", sa.String(length=3), nullable=True),
         sa.Column("cost", types.ExactDecimal(), nullable=True),
