@@ -106,7 +106,7 @@ def _provider_urls(environ: Mapping[str, str]) -> dict[str, str]:
         variable = f"METERING_{name.upper()}_URL"
         url = environ.get(variable)
         if url and not url.startswith(("http://", "https://")):
-            raise InvalidSetting(variable, url, "http:// or https://")
+            raise InvalidSetting(variable, url.rpartition("@")[2], "http:// or https://")  # without a password
         if url:
             urls[name] = url
     return urls
