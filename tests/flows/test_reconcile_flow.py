@@ -79,6 +79,7 @@ def test_what_differs_is_proposed_booked_and_gone(place: Place, capsys: pytest.C
 def test_what_cannot_be_is_said(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     for wrong, message in (
         ({"tolerance_tokens": -1}, "tolerance_tokens: got -1, expected 0 to 2147483647"),
+        ({"tolerance_tokens": "some"}, "tolerance_tokens: Input should be a valid integer"),
         ({"tolerance_percent": "101"}, "tolerance_percent: got '101', expected a number from 0 to 100"),
         ({"tolerance_percent": "NaN"}, "tolerance_percent: got 'NaN', expected a number from 0 to 100"),
         ({"period": "2023-13"}, "period: got '2023-13', expected a month such as 2026-10"),
