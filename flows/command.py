@@ -29,7 +29,7 @@ def run(flow: Any) -> None:
 
 def call(job: Callable[..., Any], **parameters: Any) -> int:
     """Call a job, print its result, and return the exit status. What it says is wrong is said without a traceback."""
-    from prefect.exceptions import ParameterTypeError  # noqa: PLC0415  a help text needs no Prefect
+    from prefect.exceptions import ParameterTypeError
 
     # A flow's own log goes to Prefect; on the terminal its traceback would bury what the error says.
     for name in ("prefect", "prefect.flow_runs", "prefect.task_runs"):
