@@ -52,7 +52,7 @@ def reconcile_period(places: Places, month: str, now: datetime, tolerance: Toler
     found = write_reconciliation(places.ledger_url, places.warehouse, places.out, number)
     key = f"reconciliation-{month}"
     create_table_artifact(verdict_rows(found.verdicts), key=key, description="Runs that differ")
-    said = summary_markdown(found.reconciliation, found.verdicts, found.provider_days)
+    said = summary_markdown(found.reconciliation, found.verdicts, found.provider_days, is_missing=found.is_missing)
     create_markdown_artifact(said, key=f"{key}-summary", description="What was found")
     return {
         "reconciliation": number,

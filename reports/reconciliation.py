@@ -35,6 +35,8 @@ __all__ = [
 SHOWN = 500
 """Runs on the page, those of most money first; the CSV has all."""
 
+NO_REPORTS = "A plan asks for what providers report, and no day of it was pulled: run `python -m flows pull-reports`"
+
 OTHER_STATES = ("accepted", "pending", "not judged")
 
 VERDICT_COLUMNS = (
@@ -82,9 +84,16 @@ CORRECTION_COLUMNS = (
 
 
 def reconciliation_html(
-    reconciliation: Reconciliation, found: Sequence[RunVerdict], days: Sequence[ProviderDay] = ()
+    reconciliation: Reconciliation,
+    found: Sequence[RunVerdict],
+    days: Sequence[ProviderDay] = (),
+    *,
+    is_missing: bool = False,
 ) -> str:
-    """One self-contained page: what agrees, what does not, the money at stake and in which runs, and the providers."""
+    """One self-contained page: what agrees, what does not, the money at stake and in which runs, and the providers.
+
+    `is_missing` tells that a plan asks for what providers report, of which no `days` were pulled.
+    """
     total = Counter(reconciliation.totals())
     runs = sorted(found, key=_by_money)
     return page(
@@ -104,6 +113,7 @@ def reconciliation_html(
         days=days,
         days_off=[(day, _tokens_said(day.ours), _tokens_said(day.theirs)) for day in days if not day.agrees][:SHOWN],
         all_models=ALL_MODELS,
+        missing=NO_REPORTS if is_missing else None,
     )
 
 
@@ -235,7 +245,11 @@ def corrections_json(reconciliation: Reconciliation, found: Iterable[RunVerdict]
 
 
 def summary_markdown(
-    reconciliation: Reconciliation, found: Sequence[RunVerdict], days: Sequence[ProviderDay] = ()
+    reconciliation: Reconciliation,
+    found: Sequence[RunVerdict],
+    days: Sequence[ProviderDay] = (),
+    *,
+    is_missing: bool = False,
 ) -> str:
     """What was found, in a few lines of Markdown."""
     lines = [f"Reconciliation {reconciliation.number} of {reconciliation.period}: runs by verdict", ""]
@@ -256,6 +270,8 @@ def summary_markdown(
     if days:
         off = sum(not day.agrees for day in days)
         lines.append(f"- what providers report, by day and model: {off:,} of {len(days):,} differ")
+    if is_missing:
+        lines.append(f"- **{NO_REPORTS}**")
     if found:
         lines += ["", f"Book what is proposed: `python -m flows reconcile apply {reconciliation.number}`"]
     return "\n".join(lines)

@@ -35,7 +35,7 @@ from tasks.models import canonical_model
 from tasks.warehouse import open_for_reading, sql
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
     from pathlib import Path
 
     import duckdb
@@ -50,6 +50,9 @@ MOST_JUDGED = 50_000
 
 QUIET = timedelta(hours=1)
 """A run that was heard of more recently may still be settled, or traced: it is judged the next time."""
+
+ASKING = ("traces", "provider")
+"""What a plan may say to be compared whether anything was traced or not."""
 
 NEAR = timedelta(days=31)
 """Spans below others are looked for so long before and after a period."""
@@ -117,12 +120,12 @@ def reconcile(ledger_url: str, warehouse: Path, period: str, *, now: datetime, t
         ledger.close()
 
 
-def is_asked_for(ledger_url: str, period: str, now: datetime) -> bool:
-    """Whether the plan of any account asks for its runs to be reconciled."""
+def is_asked_for(ledger_url: str, period: str, now: datetime, *, by: Collection[str] = ASKING) -> bool:
+    """Whether the plan of any account says that it is to be reconciled, with traces or with the provider as well."""
     ledger = Ledger(ledger_url)
     try:
         with ledger.read() as connection:
-            return bool(_Known.of(connection, period, now).asked)
+            return any(plan.reconcile in by for plan in _Known.of(connection, period, now).plans.values())
     finally:
         ledger.close()
 
@@ -173,7 +176,7 @@ class _Known:
     @property
     def asked(self) -> list[str]:
         """Accounts whose plan asks to be reconciled."""
-        return [account for account, plan in self.plans.items() if plan.reconcile != "none"]
+        return [account for account, plan in self.plans.items() if plan.reconcile in ASKING]
 
     def only_line(self, account: str | None) -> str | None:
         """The one line on which the account's plan sells tokens."""

@@ -22,6 +22,7 @@ from reports.reconciliation import (
 )
 from tasks.out import period_folder, write_file
 from tasks.provider_side import provider_days
+from tasks.reconcile import is_asked_for
 from tasks.warehouse import open_for_reading
 
 if TYPE_CHECKING:
@@ -45,8 +46,9 @@ def write_reconciliation(ledger_url: str, warehouse: Path, out: Path, number: in
     month = period_of_month(reconciliation.period, time_zone="UTC", anchor_day=1)
     with open_for_reading(warehouse) as connection:
         days = provider_days(ledger_url, connection, month.start.date(), month.end.date())
+    is_missing = not days and is_asked_for(ledger_url, reconciliation.period, reconciliation.made_at, by=["provider"])
     files = {
-        "reconciliation.html": reconciliation_html(reconciliation, verdicts_found, days),
+        "reconciliation.html": reconciliation_html(reconciliation, verdicts_found, days, is_missing=is_missing),
         "reconciliation.csv": verdicts_csv(reconciliation, verdicts_found),
         "corrections.csv": corrections_csv(reconciliation, verdicts_found),
         "corrections.json": corrections_json(reconciliation, verdicts_found),
@@ -60,6 +62,7 @@ def write_reconciliation(ledger_url: str, warehouse: Path, out: Path, number: in
         reconciliation=reconciliation,
         verdicts=verdicts_found,
         provider_days=days,
+        is_missing=is_missing,
     )
 
 
@@ -71,6 +74,8 @@ class Found:
     reconciliation: Reconciliation
     verdicts: list[RunVerdict]
     provider_days: list[ProviderDay]
+    is_missing: bool
+    """Whether a plan asks for what providers report, and no day of it was pulled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

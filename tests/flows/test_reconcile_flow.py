@@ -28,7 +28,7 @@ def artifact(key: str) -> str:
 
 
 def test_what_differs_is_proposed_booked_and_gone(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
-    place.plans(PLANS)
+    place.plans(PLANS.replace('"traces"', '"provider"'))
     place.account("acme", "metered")
     runs = Runs(place)
     for run_id in ("fine", "twice", "twice", "untold"):
@@ -59,6 +59,7 @@ def test_what_differs_is_proposed_booked_and_gone(place: Place, capsys: pytest.C
         "reconciliation.html",
     }
     assert "python -m flows reconcile apply 1" in artifact(f"reconciliation-{PERIOD}-summary")
+    assert "no day of it was pulled" in page.read_text()
     assert {row["run"] for row in json.loads(artifact(f"reconciliation-{PERIOD}"))} == {"twice", "never", "untold"}
 
     runs.bill("untold", TokenUsage(input_tokens=1))

@@ -187,3 +187,10 @@ def test_artifacts_say_the_same_in_short(day: ProviderDay) -> None:
         "cost, USD": "-2",
         "why": "why",
     }
+
+
+def test_a_plan_that_asks_for_providers_is_told_when_nothing_was_pulled() -> None:
+    asked = "A plan asks for what providers report, and no day of it was pulled"
+    assert asked in words_of(reconciliation_html(RECONCILED, FOUND, is_missing=True))
+    assert asked in summary_markdown(RECONCILED, FOUND, is_missing=True)
+    assert asked not in reconciliation_html(RECONCILED, FOUND)
