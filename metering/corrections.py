@@ -120,7 +120,7 @@ def _apply(cursor: Cursor, verdict: RunVerdict, number: int, actor: str, now: da
         raise CorrectionConflict(f"{what}: nothing is proposed that could be booked ({verdict.reason})")
     if any(step.action == "add" and step.line is None for step in verdict.corrections):
         raise CorrectionConflict(f"{what}: it is not known which line it is sold on: use Meter.record, with its run_id")
-    is_as_judged = _state(cursor, verdict.account, verdict.run_id) == verdict.state
+    is_as_judged = _state(cursor, verdict.run_id) == verdict.state
     if not is_as_judged and not _is_booked(cursor, verdict):
         raise CorrectionConflict(f"{what}: it has changed since it was judged; reconcile again")
     if is_as_judged:
@@ -137,8 +137,9 @@ def _apply(cursor: Cursor, verdict: RunVerdict, number: int, actor: str, now: da
     return is_as_judged
 
 
-def _state(cursor: Cursor, account: str, run_id: str) -> str:
-    rows = cursor.execute(_SQL["find_run_events"], {"account": account, "run_id": run_id}).fetchall()
+def _state(cursor: Cursor, run_id: str) -> str:
+    """Of all accounts that have such a run, so that none is billed for what another one came to be billed for."""
+    rows = cursor.execute(_SQL["find_run_events"], {"run_id": run_id}).fetchall()
     # A signal without a model counts a text, and is no call of a model.
     texts = {event_id for event_id, kind, *_, model in rows if kind == "signal" and model is None}
     numbers = [

@@ -106,6 +106,7 @@ def reconciliation_html(
         totals=_totals(reconciliation),
         cost=exact_sum(stake.cost for stake in reconciliation.stakes.values()),
         unpriced=sum(stake.unpriced for stake in reconciliation.stakes.values()),
+        uncosted=sum(stake.uncosted for stake in reconciliation.stakes.values()),
         sampled=sorted(account for account, stake in reconciliation.stakes.items() if stake.looks_sampled),
         accounts=_accounts(reconciliation),
         runs=[(verdict, billed_tokens(verdict), traced_tokens(verdict), _steps(verdict)) for verdict in runs[:SHOWN]],
@@ -221,6 +222,7 @@ def corrections_json(reconciliation: Reconciliation, found: Iterable[RunVerdict]
                 "unproven": plain(stake.unproven),
                 "cost_usd": plain(stake.cost),
                 "unpriced_runs": stake.unpriced,
+                "uncosted_runs": stake.uncosted,
                 "looks_sampled": stake.looks_sampled,
             }
             for account, stake in reconciliation.stakes.items()
@@ -259,9 +261,10 @@ def summary_markdown(
             f"- money at stake in {total.currency}: {plain(total.owed)} not billed so far, {plain(total.overbilled)} "
             f"billed too much, {plain(total.unproven)} billed without a trace"
         )
-    unpriced = sum(stake.unpriced for stake in reconciliation.stakes.values())
-    if unpriced:
-        lines.append(f"- without a price, and in no sum: {unpriced:,} runs")
+    for what in ("unpriced", "uncosted"):
+        count = sum(getattr(stake, what) for stake in reconciliation.stakes.values())
+        if count:
+            lines.append(f"- {what}, and in no such sum: {count:,} runs")
     lines += [
         f"- **{account}: so many runs are traced less than billed that tracing may leave calls out: do not apply**"
         for account, stake in sorted(reconciliation.stakes.items())

@@ -4,7 +4,7 @@
 -- A span that says what spans below it say repeats them: the rule of `metering.traces.sum_trace_tokens`. It is looked at
 -- from above, because few spans with tokens have anything below them.
 CREATE OR REPLACE TEMP TABLE tops AS
-SELECT trace_id, span_id, seq FROM looked_at
+SELECT trace_id, span_id, seq FROM with_tokens
 SEMI JOIN (
     SELECT trace_id, parent_span_id AS span_id FROM spans
     WHERE parent_span_id IS NOT NULL AND started_at >= getvariable('near_since') AND started_at < getvariable('near_until')

@@ -1,8 +1,8 @@
 -- What differs over the whole life of the suspects, by model and both ways; and in which state each is.
 CREATE TEMP TABLE billed AS
 SELECT account, run_id, known_as, sum(COLUMNS('.*_tokens')), max(occurred_at) AS last_at
-FROM model_events SEMI JOIN suspects USING (account, run_id)
-WHERE input_tokens + output_tokens <> 0
+FROM suspect_events
+WHERE input_tokens + output_tokens <> 0 AND account IN (FROM compared_accounts)
 GROUP BY ALL;
 
 CREATE TEMP TABLE traced AS
@@ -15,26 +15,31 @@ SELECT
     count(*) AS calls,
     min(provider) AS provider,
     min(model) AS model,
-    min(started_at) AS started_at,
+    coalesce(
+        min(started_at) FILTER (WHERE started_at >= getvariable('since') AND started_at < getvariable('until')),
+        min(started_at)
+    ) AS started_at,
     max(ended_at) AS ended_at
-FROM counted SEMI JOIN suspects USING (account, run_id)
+FROM counted
 GROUP BY ALL;
 
 -- Whatever is recorded of a run later changes these: see `metering.corrections`.
 CREATE TEMP TABLE states AS
 WITH e AS (
-    SELECT account, run_id, count(*) AS events, max(seq) AS last_event
-    FROM model_events SEMI JOIN suspects USING (account, run_id)
-    GROUP BY ALL
+    SELECT run_id, count(*) AS events, max(seq) AS last_event
+    FROM suspect_events
+    GROUP BY run_id
 ),
 s AS (
-    SELECT run_id, count(*) AS spans, max(seq) AS last_span FROM spans SEMI JOIN suspects USING (run_id) GROUP BY ALL
+    SELECT r.run_id, count(*) AS spans, max(spans.seq) AS last_span
+    FROM (SELECT DISTINCT run_id, trace_id FROM spans SEMI JOIN suspect_ids USING (run_id)) AS r
+    JOIN spans USING (trace_id)
+    GROUP BY r.run_id
 )
 SELECT
-    account,
     run_id,
     concat_ws('/', coalesce(events, 0), coalesce(last_event, 0), coalesce(spans, 0), coalesce(last_span, 0)) AS state
-FROM suspects LEFT JOIN e USING (account, run_id) LEFT JOIN s USING (run_id);
+FROM suspect_ids LEFT JOIN e USING (run_id) LEFT JOIN s USING (run_id);
 
 -- Where either side names no model, a run is compared as a whole.
 CREATE TEMP TABLE unnamed AS
@@ -77,7 +82,10 @@ HAVING bool_or(
     OR (t.output_audio_tokens > 0 AND is_far(coalesce(b.output_audio_tokens, 0), t.output_audio_tokens))
 )
 UNION ALL
-SELECT DISTINCT account, run_id, 0 FROM held_only SEMI JOIN suspects USING (account, run_id);
+SELECT DISTINCT account, run_id, 0 FROM held_only
+SEMI JOIN suspect_ids USING (run_id)
+ANTI JOIN billed USING (account, run_id)
+ANTI JOIN traced USING (account, run_id);
 
 CREATE TEMP TABLE pending AS
 SELECT account, run_id FROM differing SEMI JOIN (
@@ -89,12 +97,12 @@ SELECT account, run_id FROM differing SEMI JOIN (
 ) USING (account, run_id);
 
 CREATE TEMP TABLE accepted_runs AS
-SELECT account, run_id FROM differing JOIN states USING (account, run_id)
+SELECT account, run_id FROM differing JOIN states USING (run_id)
 SEMI JOIN accepted USING (account, run_id, state)
 ANTI JOIN pending USING (account, run_id);
 
 CREATE TEMP TABLE judged AS
-SELECT account, run_id, state FROM differing JOIN states USING (account, run_id)
+SELECT account, run_id, state FROM differing JOIN states USING (run_id)
 ANTI JOIN pending USING (account, run_id)
 ANTI JOIN accepted_runs USING (account, run_id)
 ORDER BY difference DESC, account, run_id

@@ -19,5 +19,5 @@ SELECT
     billable,
     platform_paid,
     cost
-FROM model_events SEMI JOIN judged USING (account, run_id)
+FROM suspect_events SEMI JOIN judged USING (account, run_id)
 ORDER BY seq

@@ -256,7 +256,9 @@ def _facts(connection: duckdb.DuckDBPyConnection, known: _Known) -> list[RunFact
                 ended_at=row["ended_at"].astimezone(UTC),
             )
         )
-    billed_to = {run_id: account for account, run_id in events}
+    payers: defaultdict[str, list[str]] = defaultdict(list)
+    for run_id, account in connection.execute(sql("billed_accounts")).fetchall():
+        payers[run_id].append(account)
     return [
         RunFacts(
             account=account or None,
@@ -265,7 +267,8 @@ def _facts(connection: duckdb.DuckDBPyConnection, known: _Known) -> list[RunFact
             traced=tuple(traced[account, run_id]),
             expired=tuple(known.expired.get((account, run_id), ())),
             state=state,
-            billed_to=billed_to.get(run_id) if billed_to.get(run_id) != account else None,
+            billed_to=next((payer for payer in payers[run_id] if payer != account), None),
+            period=known.period,
         )
         for account, run_id, state in connection.execute("FROM judged ORDER BY ALL").fetchall()
     ]
@@ -320,23 +323,28 @@ def _stake(account: str, judged: Sequence[_Judged], prices: Prices, period: str,
     """What the corrections of an account come to together; `runs` are all that were compared."""
     proven: list[Change] = []
     unproven: list[Change] = []
-    unpriced = 0
-    less = 0
+    cost = Decimal(0)
+    unpriced = uncosted = less = 0
     for run, judgement, changes in judged:
+        is_accepted = any(step.action == "accept" for step in judgement.corrections)
         traced = sum(model.usage.total_tokens for model in run.traced)
         less += 0 < traced < sum(event.usage.total_tokens for event in run.events)
-        if _cost(changes) is None or (account and prices.amount(account, changes) is None):
+        its_cost = _cost(changes)
+        if its_cost is None:
+            uncosted += 1
+        elif judgement.corrections and not is_accepted:
+            cost += its_cost
+        if account and prices.amount(account, changes) is None:
             unpriced += 1
-        elif any(step.action == "accept" for step in judgement.corrections):
-            unproven += changes
         elif judgement.corrections:
-            proven += changes
+            (unproven if is_accepted else proven).extend(changes)
     return Stake(
         currency=prices.currency(account, period) if account else None,
         change=prices.amount(account, proven) or Decimal(0) if account else Decimal(0),
         unproven=-(prices.amount(account, unproven) or Decimal(0)) if account else Decimal(0),
-        cost=_cost(proven) or Decimal(0),
+        cost=cost,
         unpriced=unpriced,
+        uncosted=uncosted,
         looks_sampled=less > max(FEW_RUNS, runs // SAMPLED_SHARE),
     )
 

@@ -34,3 +34,8 @@ FROM known_spans LEFT JOIN (
 WHERE started_at >= getvariable('since') AND started_at < getvariable('until')
     AND started_at >= coalesce(period_start, getvariable('month_start'))
     AND started_at < coalesce(period_end, getvariable('month_end'));
+
+-- The same, and maybe more: which of them repeat others is the same for all accounts.
+CREATE TEMP VIEW with_tokens AS
+FROM spans
+WHERE started_at >= getvariable('since') AND started_at < getvariable('until') AND input_tokens + output_tokens > 0;

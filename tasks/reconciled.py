@@ -104,7 +104,7 @@ def apply_reconciliation(
     """
     _, found = _read(ledger_url, number)
     _check("number", only, {verdict.number for verdict in found})
-    _check("verdict", verdicts_of, VERDICTS)
+    _check("verdict", verdicts_of, VERDICTS[1:])
     chosen = [
         verdict
         for verdict in found

@@ -2,7 +2,7 @@
 WITH left_alone AS (
     SELECT account, 'matched' AS state, runs FROM runs WHERE run_id IS NULL
     UNION ALL
-    SELECT account, 'matched', 1 FROM suspects ANTI JOIN differing USING (account, run_id)
+    SELECT account, 'matched', 1 FROM runs ANTI JOIN differing USING (account, run_id) WHERE run_id IS NOT NULL
     UNION ALL
     SELECT account, 'pending', 1 FROM pending
     UNION ALL

@@ -176,10 +176,11 @@ INSERT INTO request_log (
 SELECT * FROM events WHERE event_id = :event_id
 
 -- name: find_run_events
-SELECT event_id, kind, corrects, seq, model FROM events WHERE account = :account AND run_id = :run_id
+SELECT event_id, kind, corrects, seq, model FROM events WHERE run_id = :run_id
 
 -- name: count_run_spans
-SELECT count(*), coalesce(max(seq), 0) FROM spans WHERE run_id = :run_id
+SELECT count(*), coalesce(max(seq), 0) FROM spans
+WHERE trace_id IN (SELECT trace_id FROM spans WHERE run_id = :run_id)
 
 -- name: mark_applied
 UPDATE verdicts SET applied_at = :applied_at, applied_by = :applied_by

@@ -31,19 +31,35 @@ _MOST_TIMES = 10
 
 
 def judge(run: RunFacts, tolerance: Tolerance, *, usual_line: str | None = None) -> Judgement:
-    """Compare a run's billed tokens with its traced ones, model by model and class by class.
+    """What a run is, and what would put it right: nothing that bills it more where it is billed to another account.
+
+    Compares a run's billed tokens with its traced ones, model by model and class by class.
 
     A part of the input or output that traces say nothing of (0) is not compared, because most instrumentation leaves it
     out: what is billed of it stands, as far as it fits. Where either side names no model, the run agrees if it does as
     a whole; else an event without a model is taken for one of the model it fits. `usual_line` is what an event is added
     on where neither an event nor a hold of the run tells.
     """
+    judgement = _judge(run, tolerance, usual_line)
+    before = {event.event_id: event.usage.total_tokens for event in run.events}
+    more = sum(
+        step.usage.total_tokens - (0 if step.event_id is None else before[step.event_id])
+        for step in judgement.corrections
+        if step.action != "accept"
+    )
+    if run.billed_to is None or more <= 0:
+        return judgement
+    reason = f"{judgement.reason}; a run of this id is billed to {run.billed_to}"
+    return replace(judgement, reason=reason, corrections=())
+
+
+def _judge(run: RunFacts, tolerance: Tolerance, usual_line: str | None) -> Judgement:
     # What was taken back, or failed, and is billed to nobody bills nothing that was traced.
     run = replace(run, events=tuple(event for event in run.events if event.billable or event.usage.total_tokens))
     billed = sum(event.usage.total_tokens for event in run.events)
     traced = sum(model.usage.total_tokens for model in run.traced)
     if not traced or not run.events:
-        differs = _Group(None, run.events, run.traced, tolerance).differs
+        differs = _Group(None, run.events, run.traced, tolerance, run.period).differs
         if not differs and (billed or traced):
             return Judgement(verdict="matched")
         return _unbilled(run, usual_line) if traced else _untraced(run, billed)
@@ -83,8 +99,6 @@ def _unbilled(run: RunFacts, usual_line: str | None) -> Judgement:
     line = run.expired[0].line if run.expired else usual_line
     if run.account is None:
         return Judgement(verdict="unbilled", reason=f"{reason}; no span names an account of the ledger")
-    if run.billed_to is not None:
-        return Judgement(verdict="unbilled", reason=f"{reason}; a run of this id is billed to {run.billed_to}")
     added = tuple(_added(run, model, model.usage, line) for model in run.traced if model.usage.total_tokens)
     if run.expired:
         return Judgement(
@@ -129,8 +143,10 @@ class _Group:
         events: Iterable[BilledEvent],
         traced: Iterable[TracedModel],
         tolerance: Tolerance,
+        period: str | None,
     ) -> None:
         self.name = name
+        self._period = period
         # What is not billed to anybody is the first to be taken back.
         self.events = sorted(events, key=lambda event: (not event.billable, event.seq))
         self.traced = list(traced)
@@ -217,8 +233,8 @@ class _Group:
     def kept(self, target: Mapping[str, int]) -> tuple[dict[UUID, TokenUsage | None], TokenUsage | None]:
         """What each event is to bill, so that together they bill `target`; None for one to be taken back.
 
-        As many as possible stay as they are, the earlier ones first. What is missing is billed on one that is billed to
-        somebody; where there is none it is the second answer.
+        As many as possible stay as they are, the earlier ones first. What is missing is billed on one of the period
+        that somebody pays for; where there is none it is the second answer.
         """
         kept: dict[UUID, TokenUsage | None] = {}
         billed = dict.fromkeys(TOKEN_FIELDS, 0)
@@ -233,7 +249,7 @@ class _Group:
         if self._agrees(billed, target):
             return kept, None
         missing = TokenUsage(**_left(billed, target))
-        carriers = [event for event in self.events if event.billable]
+        carriers = [event for event in self.events if event.billable and self._period in (None, event.period)]
         carrier = next(
             (event for event in carriers if kept[event.event_id] is None), carriers[-1] if carriers else None
         )
@@ -259,7 +275,7 @@ def _groups(run: RunFacts, tolerance: Tolerance) -> list[_Group]:
     named = sorted({model.known_as for model in run.traced if model.known_as is not None})
     events = [event for event in run.events if event.usage.total_tokens]
     if any(model.known_as is None for model in run.traced) or any(event.known_as is None for event in events):
-        whole = _Group(None, run.events, run.traced, tolerance)
+        whole = _Group(None, run.events, run.traced, tolerance, run.period)
         if len(named) != len(run.traced) or not whole.differs:
             return [whole]
     by_model: dict[str, list[BilledEvent]] = {name: [] for name in named}
@@ -268,7 +284,7 @@ def _groups(run: RunFacts, tolerance: Tolerance) -> list[_Group]:
             by_model.setdefault(event.known_as, []).append(event)
     left = {
         name: _Group(
-            name, by_model[name], [model for model in run.traced if model.known_as == name], tolerance
+            name, by_model[name], [model for model in run.traced if model.known_as == name], tolerance, run.period
         ).missing()
         for name in named
     }
@@ -284,7 +300,7 @@ def _groups(run: RunFacts, tolerance: Tolerance) -> list[_Group]:
     # What was traced may be billed on an event that says no tokens.
     by_model[min(by_model)] += [event for event in run.events if not event.usage.total_tokens]
     return [
-        _Group(name, by_model[name], [model for model in run.traced if model.known_as == name], tolerance)
+        _Group(name, by_model[name], [model for model in run.traced if model.known_as == name], tolerance, run.period)
         for name in sorted(by_model)
     ]
 

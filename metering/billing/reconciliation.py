@@ -111,10 +111,14 @@ class RunFacts:
     """See `state_of`."""
     billed_to: str | None = None
     """Another account that a run of this id is billed to."""
+    period: str | None = None
+    """The one that is reconciled: what is missing is billed in it."""
 
 
 def state_of(events: int, last_event: int, spans: int, last_span: int) -> str:
-    """What differs once anything else is recorded of a run: how many rows of each kind, and the newest one's number."""
+    """What differs once anything else is recorded of a run, of whichever account: how many events it has, and spans in
+    its traces, and the highest number of each.
+    """
     return f"{events}/{last_event}/{spans}/{last_span}"
 
 
@@ -162,7 +166,9 @@ class Stake:
     cost: Decimal = Decimal(0)
     """USD that the corrections add to what the provider charges."""
     unpriced: int = 0
-    """Runs without a price, which are in none of these."""
+    """Runs that no plan has a price for, which are in neither `change` nor `unproven`."""
+    uncosted: int = 0
+    """Runs whose provider cost is not known, which are not in `cost`."""
     looks_sampled: bool = False
     """Whether so many runs were traced less than billed that tracing may have left calls out."""
 

@@ -167,8 +167,8 @@ events = Table(
     Index(None, "account", "occurred_at"),
     Index(
         "ix_events_run",
-        "account",
         "run_id",
+        "account",
         sqlite_where=text("run_id IS NOT NULL"),
         postgresql_where=text("run_id IS NOT NULL"),
     ),

@@ -79,8 +79,8 @@ RECONCILED = Reconciliation(
         "euro": {"unbilled": 1},
     },
     stakes={
-        "acme": Stake(currency="USD", change=Decimal("-2.25"), unproven=Decimal(4), cost=Decimal("-1.5")),
-        "": Stake(unpriced=1),
+        "acme": Stake(currency="USD", change=Decimal("-2.25"), unproven=Decimal(4), cost=Decimal("-1.5"), unpriced=2),
+        "": Stake(uncosted=1),
         "euro": Stake(currency="EUR", change=Decimal("1.25"), cost=Decimal("0.5"), looks_sampled=True),
     },
 )
@@ -110,10 +110,10 @@ def test_the_page_says_what_agrees_and_what_is_at_stake(day: ProviderDay) -> Non
         "Runs that agree 1,000 Runs that differ 5 3 unbilled 1 untraced 1 double-counted",
         "Not billed so far 1.25 EUR 0.00 USD Billed too much 0.00 EUR 2.25 USD",
         "Billed without a trace 0.00 EUR 4.00 USD",
-        "Provider cost of corrections -1.00 USD 1 runs without a price are in no sum",
+        "Provider cost of corrections -1.00 USD without 1 runs of unknown cost",
         "Traced less than billed So many runs are that tracing may leave calls out",
-        "Left alone 2 pending",
-        "acme 1,000 1 1 0 1 0 -2.25 USD 4.00 USD -1.50",
+        "Left alone 2 without a price 2 pending",
+        "acme 1,000 1 1 0 1 0 -2.25 USD 2 unpriced 4.00 USD -1.50",
         "not known 0 1 0 0 0 0 \N{EN DASH} \N{EN DASH} 0.00",
         "python -m flows reconcile apply 12",
         "2 double-counted acme run-2 0 1,100 -3.50 USD -2.00 why take 00000000-0000-0000-0000-000000000007 back",
@@ -176,7 +176,7 @@ def test_artifacts_say_the_same_in_short(day: ProviderDay) -> None:
     said = summary_markdown(RECONCILED, FOUND, [day])
     assert "- unbilled: 3\n" in said
     assert "- money at stake in USD: 0 not billed so far, 2.25 billed too much, 4 billed without a trace\n" in said
-    assert "- without a price, and in no sum: 1 runs\n- **euro: so many runs are traced less than billed" in said
+    assert "- unpriced, and in no such sum: 2 runs\n- uncosted, and in no such sum: 1 runs\n- **euro: so many" in said
     assert "- what providers report, by day and model: 1 of 1 differ\n" in said
     assert said.endswith("`python -m flows reconcile apply 12`")
     assert verdict_rows(FOUND)[0] == {

@@ -291,6 +291,68 @@ def test_a_fault_is_found_in_the_period_it_happened_in_over_the_whole_life_of_it
 
 
 @ON_SQLITE
+def test_what_repeats_does_so_however_long_ago(runs: Runs) -> None:
+    for month in (3, 7, 11):
+        at = datetime(2023, month, 10, tzinfo=UTC)
+        runs.bill("conversation", at=at)
+        runs.trace("conversation", below=runs.trace("conversation", at=at), at=at)
+    runs.bill("conversation", TokenUsage(), at=NOVEMBER)
+    runs.trace("conversation", TokenUsage(input_tokens=10), at=NOVEMBER)
+    later = COSTED_AT + timedelta(days=1)
+    reconciliation, found = reconciled(runs.place, now=later)
+    assert found["conversation"].reason == "gpt-4.1: input_tokens billed 3,000, traced 3,010"
+    assert book(runs.place, reconciliation, found["conversation"])
+    for month in (3, 7, 11):
+        assert reconciled(runs.place, period=f"2023-{month:02}", now=later)[0].runs == {"acme": {"matched": 1}}
+
+
+@ON_SQLITE
+def test_what_is_missing_is_billed_in_the_period_it_is_missing_in(runs: Runs) -> None:
+    for month in (8, 11):
+        runs.trace("conversation", at=datetime(2023, month, 10, tzinfo=UTC))
+    runs.bill("conversation", at=datetime(2023, 8, 10, tzinfo=UTC))
+    reconciliation, found = reconciled(runs.place)
+    assert book(runs.place, reconciliation, found["conversation"])
+    assert runs.place.ledger_rows("SELECT period FROM events ORDER BY seq") == [("2023-08",), ("2023-11",)]
+
+
+@ON_SQLITE
+def test_a_hold_and_its_trace_may_lie_in_two_periods(runs: Runs) -> None:
+    runs.crash("run")
+    runs.trace("run", at=datetime(2023, 12, 1, 0, 0, 5, tzinfo=UTC))
+    later = COSTED_AT + timedelta(days=1)
+    for period in ("2023-11", "2023-12"):
+        reconciliation, found = reconciled(runs.place, period=period, now=later)
+        assert reconciliation.runs == {"acme": {"abandoned": 1}}
+        assert reconciliation.stakes["acme"].change == found["run"].amount == Decimal("0.0044")
+
+
+@ON_SQLITE
+def test_whose_a_run_is_may_show_in_another_period(runs: Runs) -> None:
+    runs.place.account("beta", "metered")
+    runs.bill("run")
+    runs.bill("run")
+    runs.trace("run", account=None)
+    runs.trace("run", account="beta", at=datetime(2023, 12, 5, tzinfo=UTC))
+    reconciliation, _ = reconciled(runs.place, now=COSTED_AT + timedelta(days=9))
+    assert reconciliation.runs == {"": {"unbilled": 1}, "acme": {"untraced": 1}, "beta": {"unbilled": 1}}
+
+
+@ON_SQLITE
+def test_a_correction_is_refused_once_a_child_of_another_run_is_traced(runs: Runs) -> None:
+    agent = runs.trace("agent")
+    found = state_of(runs.place)
+    with runs.place.meter() as meter:
+        assert meter.record_span(
+            {"trace_id": "trace of agent", "span_id": "child", "parent_span_id": agent, "attributes": {}},
+            account="acme",
+            run_id="another",
+        )
+    with pytest.raises(CorrectionConflict, match="it has changed since it was judged"):
+        book(runs.place, *found)
+
+
+@ON_SQLITE
 def test_only_what_is_traced_or_asked_for_is_compared(runs: Runs) -> None:
     runs.place.plans("[plans.plain]\nretention_days = 30\n")
     for account in ("untraced", "traced"):
@@ -449,7 +511,8 @@ def test_what_has_no_price_is_counted_and_in_no_sum(runs: Runs) -> None:
     runs.trace("never", model="mystery")
     reconciliation, verdict = state_of(runs.place)
     assert (verdict.amount, verdict.cost) == (Decimal("0.0044"), None)
-    assert (reconciliation.stakes["acme"].unpriced, reconciliation.stakes["acme"].change) == (1, 0)
+    stake = reconciliation.stakes["acme"]
+    assert (stake.unpriced, stake.uncosted, stake.change, stake.cost) == (0, 1, Decimal("0.0044"), 0)
 
 
 @ON_SQLITE
@@ -471,6 +534,10 @@ def test_a_run_of_another_account_is_not_billed_twice(runs: Runs) -> None:
     outcome = apply_reconciliation(runs.place.ledger_url, 1, actor="finance", now=COSTED_AT)
     (refused,) = outcome.refused
     assert refused.endswith("tokens were traced, none are billed; a run of this id is billed to beta)")
+    # Also once it is accepted there.
+    assert reconciled(runs.place)[0].runs == {"acme": {"unbilled": 1}, "beta": {"accepted": 1}}
+    apply_reconciliation(runs.place.ledger_url, 2, actor="finance", now=COSTED_AT)
+    assert runs.place.ledger_rows("SELECT account FROM events") == [("beta",)]
 
 
 @ON_SQLITE

@@ -15,7 +15,7 @@ def upgrade() -> None:
     op.create_index(
         "ix_events_run",
         "events",
-        ["account", "run_id"],
+        ["run_id", "account"],
         unique=False,
         sqlite_where=sa.text("run_id IS NOT NULL"),
         postgresql_where=sa.text("run_id IS NOT NULL"),
