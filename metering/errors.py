@@ -15,6 +15,7 @@ MeteringError
 │   ├── UnknownKey
 │   ├── UnknownEvent
 │   ├── UnknownReconciliation
+│   ├── UnknownProvider     a provider whose rate limits are not known here
 │   └── UnknownEncoding     no tokenizer for a model, or no table of it on this machine
 ├── Conflict
 │   ├── AccountConflict     the account exists and differs from what was asked
@@ -64,6 +65,7 @@ __all__ = [
     "UnknownEvent",
     "UnknownKey",
     "UnknownPlan",
+    "UnknownProvider",
     "UnknownReconciliation",
     "UnpricedUsage",
 ]
@@ -174,6 +176,15 @@ class UnknownReconciliation(NotFound):
     def __init__(self, number: int) -> None:
         super().__init__(f"reconciliation {number} is not in the ledger")
         self.number = number
+
+
+class UnknownProvider(NotFound):
+    """A provider whose rate limits are not known here."""
+
+    def __init__(self, provider: object, known: list[str]) -> None:
+        super().__init__(f"the limits of provider {_shown(provider)} are not known; known: {', '.join(known)}")
+        self.provider = provider
+        self.known = known
 
 
 class UnknownEncoding(NotFound):
