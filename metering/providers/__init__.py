@@ -1,7 +1,8 @@
-"""The providers, a small file each: their usage and cost reports, and the rate limits that their answers carry (pure).
+"""The providers, a small file each: their usage and cost reports, and the rate limits that their answers carry.
 
 A provider says what to ask for its reports and how they are read; who asks is the jobs' business
 (`tasks/provider_reports.py`). Limits are read of any answer: `observe` an app's own ones, or `parse_limits` of headers.
+All of that is pure; `metering.providers.probing` asks for limits over HTTP.
 """
 
 from __future__ import annotations

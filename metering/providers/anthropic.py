@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from metering.providers.header_values import epoch, instant
 from metering.providers.limits import LimitRule
+from metering.providers.probes import ProbeRule, Sample
 from metering.providers.reports import (
     DAYS_PER_PAGE,
     Counts,
@@ -33,9 +34,9 @@ from metering.providers.reports import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-__all__ = ["ANTHROPIC", "ANTHROPIC_LIMITS"]
+__all__ = ["ANTHROPIC", "ANTHROPIC_LIMITS", "ANTHROPIC_PROBE"]
 
 VERSION = "2023-06-01"
 MESSAGES = ("model", "workspace_id", "service_tier", "context_window")
@@ -131,4 +132,22 @@ ANTHROPIC_LIMITS = LimitRule(
     ),
     reset=_reset,
     refusals={"rate_limit_error": True},
+)
+
+
+def _sample(models: Sequence[str]) -> Sample | None:
+    for family in ("haiku", "sonnet", "opus"):
+        for model in models:
+            if family in model:
+                body = {"model": model, "max_tokens": 1, "messages": [{"role": "user", "content": "hi"}]}
+                return Sample(model=model, path="/v1/messages", body=body)
+    return None
+
+
+ANTHROPIC_PROBE = ProbeRule(
+    url=ANTHROPIC.url,
+    headers=ANTHROPIC.headers,
+    models_path="/v1/models?limit=1000",
+    models_in=("data", "id"),
+    sample=_sample,
 )

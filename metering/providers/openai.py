@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from metering.providers.header_values import duration, instant
 from metering.providers.limits import LimitRule
+from metering.providers.probes import ProbeRule, Sample
 from metering.providers.reports import (
     DAYS_PER_PAGE,
     Counts,
@@ -31,13 +32,15 @@ from metering.providers.reports import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-__all__ = ["OPENAI", "OPENAI_LIMITS"]
+__all__ = ["OPENAI", "OPENAI_LIMITS", "OPENAI_PROBE"]
 
 COMPLETIONS = ("model", "project_id", "batch", "service_tier")
 EMBEDDINGS = ("model", "project_id")
 COSTS = ("project_id", "line_item")
+
+CHEAPEST = ("gpt-4.1-mini", "gpt-4o-mini", "gpt-4.1", "gpt-4o", "o4-mini")
 
 _YEAR_9999 = 253_402_300_800
 
@@ -135,4 +138,22 @@ OPENAI_LIMITS = LimitRule(
     header=re.compile(r"x-ratelimit-(?P<part>limit|remaining|reset)-(?P<window>[a-z0-9-]+)"),
     reset=_reset,
     refusals={"rate_limit_exceeded": True, "insufficient_quota": False},
+)
+
+
+def _sample(models: Sequence[str]) -> Sample | None:
+    for model in CHEAPEST:
+        if model in models:
+            most = "max_tokens" if model.startswith("gpt-4") else "max_completion_tokens"
+            body = {"model": model, most: 1, "messages": [{"role": "user", "content": "hi"}]}
+            return Sample(model=model, path="/v1/chat/completions", body=body)
+    return None
+
+
+OPENAI_PROBE = ProbeRule(
+    url=OPENAI.url,
+    headers=OPENAI.headers,
+    models_path="/v1/models",
+    models_in=("data", "id"),
+    sample=_sample,
 )
