@@ -15,6 +15,7 @@ MeteringError
 │   ├── UnknownKey
 │   ├── UnknownEvent
 │   ├── UnknownReconciliation
+│   ├── UnknownProvider     a provider whose rate limits are not known here
 │   └── UnknownEncoding     no tokenizer for a model, or no table of it on this machine
 ├── Conflict
 │   ├── AccountConflict     the account exists and differs from what was asked
@@ -25,6 +26,16 @@ MeteringError
 ├── RevokedKey              revoked, or its grace time after a rotation is over
 ├── LimitExceeded           carries the decision
 ├── Replayed                carries the stored response
+├── ProbeFailed             a provider could not be asked for its limits, or did not answer as it should
+│   ├── NoProviderKey       there is no key to ask with
+│   ├── AddressRefused      a base URL that keys are not sent to
+│   ├── HostNotFound        no address for the host
+│   ├── ConnectionFailed    no connection, or it broke
+│   │   └── TlsFailed       no TLS, or a certificate that does not fit
+│   ├── ProbeTimeout
+│   ├── KeyRefused          401 or 403
+│   ├── ProviderLimited     429
+│   └── UnexpectedAnswer    another status, or a body that cannot be read
 └── LedgerError
     ├── StoreUnavailable    the store did not answer in time; nothing was decided
     └── SchemaMismatch      the ledger is older or newer than this code
@@ -39,9 +50,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AccountConflict",
+    "AddressRefused",
     "AmbiguousRate",
     "Conflict",
+    "ConnectionFailed",
     "CorrectionConflict",
+    "HostNotFound",
     "IdempotencyConflict",
     "IdempotencyInProgress",
     "InvalidEvent",
@@ -50,20 +64,28 @@ __all__ = [
     "InvalidReport",
     "InvalidSetting",
     "InvalidUsage",
+    "KeyRefused",
     "LedgerError",
     "LimitExceeded",
     "MeteringError",
+    "NoProviderKey",
     "NotFound",
+    "ProbeFailed",
+    "ProbeTimeout",
+    "ProviderLimited",
     "Replayed",
     "RevokedKey",
     "SchemaMismatch",
     "SettleConflict",
     "StoreUnavailable",
+    "TlsFailed",
+    "UnexpectedAnswer",
     "UnknownAccount",
     "UnknownEncoding",
     "UnknownEvent",
     "UnknownKey",
     "UnknownPlan",
+    "UnknownProvider",
     "UnknownReconciliation",
     "UnpricedUsage",
 ]
@@ -176,6 +198,15 @@ class UnknownReconciliation(NotFound):
         self.number = number
 
 
+class UnknownProvider(NotFound):
+    """A provider whose rate limits are not known here."""
+
+    def __init__(self, provider: object, known: list[str]) -> None:
+        super().__init__(f"the limits of provider {_shown(provider)} are not known; known: {', '.join(known)}")
+        self.provider = provider
+        self.known = known
+
+
 class UnknownEncoding(NotFound):
     """No tokenizer for a model, or no table of an encoding on this machine. `asked` is which, `problem` what to do."""
 
@@ -266,6 +297,53 @@ class Replayed(MeteringError):
         super().__init__(f"event {decision.event_id} was already billed; its stored response is attached")
         self.decision = decision
         self.response: Any = decision.response
+
+
+class ProbeFailed(MeteringError):
+    """A provider could not be asked for its limits, or did not answer as it should. The key is never shown."""
+
+    def __init__(self, provider: str, problem: str, *, status: int | None = None) -> None:
+        super().__init__(f"{provider}: {problem}")
+        self.provider = provider
+        self.problem = problem
+        self.status = status
+        """Of the answer, where there is one."""
+
+
+class NoProviderKey(ProbeFailed):
+    """There is no key to ask with."""
+
+
+class AddressRefused(ProbeFailed):
+    """The base URL is none that a key is sent to: not https, or of a private address, and not allowed."""
+
+
+class HostNotFound(ProbeFailed):
+    """The name of the host has no address."""
+
+
+class ConnectionFailed(ProbeFailed):
+    """No connection, or it broke."""
+
+
+class TlsFailed(ConnectionFailed):
+    """No TLS, or a certificate that does not fit."""
+
+
+class ProbeTimeout(ProbeFailed):
+    """There was no whole answer in time."""
+
+
+class KeyRefused(ProbeFailed):
+    """The provider refuses the key, with 401 or 403."""
+
+
+class ProviderLimited(ProbeFailed):
+    """The provider refuses for a rate limit, with 429."""
+
+
+class UnexpectedAnswer(ProbeFailed):
+    """Another status, or a body that cannot be read."""
 
 
 class LedgerError(MeteringError):

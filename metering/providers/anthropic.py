@@ -1,16 +1,25 @@
-"""Anthropic's reports of an organization (https://platform.claude.com/docs/en/build-with-claude/usage-cost-api).
+"""Anthropic: an organization's reports, and the rate limits that its answers carry.
 
+Reports (https://platform.claude.com/docs/en/build-with-claude/usage-cost-api):
 `uncached_input_tokens` is without what was read from and written to a cache. Amounts are decimal texts in cents:
 "123.45" is 1.2345 USD. Costs of the priority tier are not in the cost report. Buckets without usage are there, with no
 results.
+
+Limits (https://platform.claude.com/docs/en/api/rate-limits): resets are RFC 3339, those of a subscription's windows
+(`unified_5h`, with what is used instead of counts) seconds since 1970. `tokens` is input and output together. The
+priority tier's headers have no "ratelimit" in their names.
 """
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, date, datetime
 from functools import partial
 from typing import TYPE_CHECKING
 
+from metering.providers.header_values import epoch, instant
+from metering.providers.limits import LimitRule
+from metering.providers.probes import ProbeRule, Sample
 from metering.providers.reports import (
     DAYS_PER_PAGE,
     Counts,
@@ -25,9 +34,9 @@ from metering.providers.reports import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-__all__ = ["ANTHROPIC"]
+__all__ = ["ANTHROPIC", "ANTHROPIC_LIMITS", "ANTHROPIC_PROBE"]
 
 VERSION = "2023-06-01"
 MESSAGES = ("model", "workspace_id", "service_tier", "context_window")
@@ -107,4 +116,38 @@ ANTHROPIC = Provider(
         _report("usage", "usage_report/messages", MESSAGES, _messages),
         _report("cost", "cost_report", COST_GROUPS, _costs),
     ),
+)
+
+
+def _reset(text: str, _now: datetime) -> datetime:
+    return epoch(text) if text[:10].isdigit() else instant(text)
+
+
+ANTHROPIC_LIMITS = LimitRule(
+    provider="anthropic",
+    aliases=("claude",),
+    prefixes=("anthropic-ratelimit-", "anthropic-priority-"),
+    header=re.compile(
+        r"anthropic-(?:ratelimit-|(?=priority-))(?P<window>[a-z0-9-]+)-(?P<part>limit|remaining|reset|utilization)"
+    ),
+    reset=_reset,
+    refusals={"rate_limit_error": True},
+)
+
+
+def _sample(models: Sequence[str]) -> Sample | None:
+    for family in ("haiku", "sonnet", "opus"):
+        for model in models:
+            if family in model:
+                body = {"model": model, "max_tokens": 1, "messages": [{"role": "user", "content": "hi"}]}
+                return Sample(model=model, path="/v1/messages", body=body)
+    return None
+
+
+ANTHROPIC_PROBE = ProbeRule(
+    url=ANTHROPIC.url,
+    headers=ANTHROPIC.headers,
+    models_path="/v1/models?limit=1000",
+    models_in=("data", "id"),
+    sample=_sample,
 )

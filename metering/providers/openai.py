@@ -1,16 +1,23 @@
-"""OpenAI's reports of an organization (https://platform.openai.com/docs/api-reference/usage).
+"""OpenAI: an organization's reports, and the rate limits that its answers carry.
 
+Reports (https://platform.openai.com/docs/api-reference/usage):
 `input_tokens` includes what was read from a cache, and what was written to one. Costs are USD: the documentation has a
 float, real answers also a text ("0.0042"). They can be grouped by line item, such as `gpt-4.1-2025-04-14, output`, and
 not by model. Buckets without usage are there, with no results.
+
+Limits (https://platform.openai.com/docs/guides/rate-limits): resets are durations. The window of requests may be a day.
 """
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, date, datetime
 from functools import partial
 from typing import TYPE_CHECKING
 
+from metering.providers.header_values import duration, instant
+from metering.providers.limits import LimitRule
+from metering.providers.probes import ProbeRule, Sample
 from metering.providers.reports import (
     DAYS_PER_PAGE,
     Counts,
@@ -25,13 +32,15 @@ from metering.providers.reports import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-__all__ = ["OPENAI"]
+__all__ = ["OPENAI", "OPENAI_LIMITS", "OPENAI_PROBE"]
 
 COMPLETIONS = ("model", "project_id", "batch", "service_tier")
 EMBEDDINGS = ("model", "project_id")
 COSTS = ("project_id", "line_item")
+
+CHEAPEST = ("gpt-4.1-mini", "gpt-4o-mini", "gpt-4.1", "gpt-4o", "o4-mini")
 
 _YEAR_9999 = 253_402_300_800
 
@@ -109,4 +118,42 @@ OPENAI = Provider(
         _report("embeddings", "usage/embeddings", EMBEDDINGS, _embeddings),
         _report("cost", "costs", COSTS, _costs),
     ),
+)
+
+
+def _reset(text: str, now: datetime) -> datetime:
+    try:
+        return now + duration(text)
+    except ValueError:
+        try:
+            return instant(text)
+        except ValueError:
+            raise ValueError("a duration such as 6m0s, or a time with an offset") from None
+
+
+OPENAI_LIMITS = LimitRule(
+    provider="openai",
+    aliases=("codex",),
+    prefixes=("x-ratelimit-",),
+    header=re.compile(r"x-ratelimit-(?P<part>limit|remaining|reset)-(?P<window>[a-z0-9-]+)"),
+    reset=_reset,
+    refusals={"rate_limit_exceeded": True, "insufficient_quota": False},
+)
+
+
+def _sample(models: Sequence[str]) -> Sample | None:
+    for model in CHEAPEST:
+        if model in models:
+            most = "max_tokens" if model.startswith("gpt-4") else "max_completion_tokens"
+            body = {"model": model, most: 1, "messages": [{"role": "user", "content": "hi"}]}
+            return Sample(model=model, path="/v1/chat/completions", body=body)
+    return None
+
+
+OPENAI_PROBE = ProbeRule(
+    url=OPENAI.url,
+    headers=OPENAI.headers,
+    models_path="/v1/models",
+    models_in=("data", "id"),
+    sample=_sample,
 )

@@ -1,0 +1,64 @@
+"""Where a key may be sent: https to public addresses, and what is allowed by name."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from urllib.parse import urlsplit
+
+from metering.errors import AddressRefused, HostNotFound
+
+__all__ = ["check_address", "check_url"]
+
+HOST = re.compile(r"[a-z0-9._-]{1,253}|[0-9a-f:.]{2,45}(?:%[a-z0-9]+)?")
+"""A name, or an address of IPv6."""
+PORTS = {"https": 443, "http": 80}
+
+
+def check_url(provider: str, url: str, allowed_hosts: tuple[str, ...]) -> tuple[str, int]:
+    """Host and port of a base URL that may be asked. Raises `AddressRefused`, which shows no more than the host."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port or PORTS.get(parts.scheme, 0)
+    except ValueError:
+        raise AddressRefused(provider, "the base URL is no URL") from None
+    if parts.scheme not in PORTS or not HOST.fullmatch(host):
+        raise AddressRefused(provider, "the base URL is not one of https:// with a host")
+    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+        raise AddressRefused(provider, f"the base URL of {host} has more than scheme, host, port and path")
+    if parts.scheme == "http" and not _is_loopback(host) and host not in allowed_hosts:
+        raise AddressRefused(provider, f"{host} is to be asked by http, and is not in allowed_hosts")
+    return host, port
+
+
+async def check_address(provider: str, host: str, port: int, allowed_hosts: tuple[str, ...]) -> None:
+    """Look a host up. Raises `HostNotFound`, and `AddressRefused` where one of its addresses is not public.
+
+    Who answers may say something else a moment later; then TLS holds, because no other host has the certificate.
+    """
+    if host in allowed_hosts:
+        return
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (socket.gaierror, UnicodeError):
+        raise HostNotFound(provider, f"{host} has no address") from None
+    if not found:
+        raise HostNotFound(provider, f"{host} has no address")
+    for address in {str(each[4][0]) for each in found}:
+        ip = _plain(address)
+        if not (ip.is_loopback if _is_loopback(host) else ip.is_global and not ip.is_multicast):
+            raise AddressRefused(provider, f"{host} is at {ip}, which is not public, and not in allowed_hosts")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return _plain(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _plain(address: str) -> IPv4Address | IPv6Address:
+    ip = ip_address(address.partition("%")[0])
+    return getattr(ip, "ipv4_mapped", None) or ip

@@ -1,0 +1,96 @@
+"""What is made of a provider's answer to a probe (pure)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from metering.errors import InvalidUsage, KeyRefused, ProbeFailed, ProviderLimited, UnexpectedAnswer
+from metering.payloads import usage_of
+from metering.providers.observing import parse_limits
+from metering.providers.probes import model_names
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from metering.providers.probes import ProbeRule, ProviderStatus, Sample
+
+__all__ = ["Answer", "with_answer", "with_models", "with_sample"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """One answer of a provider."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+    problem: str | None
+    """Why the body is not whole."""
+    latency_ms: int
+
+
+def with_answer(status: ProviderStatus, answer: Answer, now: datetime) -> ProviderStatus:
+    """The limits of an answer, and what its status says."""
+    name, code = status.provider, answer.status
+    limits = parse_limits(name, answer.headers, now=now, status=code, body=answer.body or None)
+    error: ProbeFailed | None = None
+    if code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+        error = KeyRefused(name, f"invalid key: answered {code}", status=code)
+    elif code == HTTPStatus.TOO_MANY_REQUESTS:
+        error = ProviderLimited(name, "answered 429: a rate limit is reached", status=code)
+    elif code != HTTPStatus.OK:
+        redirects = ", a redirect, which is not followed" if 300 <= code < 400 else ""
+        error = UnexpectedAnswer(name, f"answered {code}{redirects}", status=code)
+    return replace(
+        status,
+        reachable=True,
+        error=error,
+        windows=limits.windows,
+        retry_after_s=limits.retry_after_s,
+        rate_limited=limits.rate_limited,
+        waiting_helps=limits.waiting_helps,
+        warnings=(*status.warnings, *limits.warnings),
+    )
+
+
+def with_models(status: ProviderStatus, rule: ProbeRule, answer: Answer) -> ProviderStatus:
+    """The models of an answer, or that it cannot be read."""
+    try:
+        return replace(status, models=model_names(rule, _json(answer)))
+    except ValueError as expected:
+        problem = f"{rule.models_path} answered something else than {expected}"
+        return replace(status, error=UnexpectedAnswer(status.provider, problem, status=answer.status))
+
+
+def with_sample(status: ProviderStatus, rule: ProbeRule, sample: Sample, answer: Answer) -> ProviderStatus:
+    """What the call that costs told: tokens and latency."""
+    status = replace(status, sample_model=sample.model, sample_latency_ms=answer.latency_ms)
+    if status.error is not None:
+        return status
+    try:
+        said: Any = _json(answer)
+    except ValueError as expected:
+        problem = f"{sample.path} answered something else than {expected}"
+        return replace(status, error=UnexpectedAnswer(status.provider, problem, status=answer.status))
+    took = said.get(rule.latency_ns) if rule.latency_ns and isinstance(said, dict) else None
+    if type(took) is int and took >= 0:
+        status = replace(status, sample_latency_ms=took // 1_000_000)
+    try:
+        usage = usage_of(said, status.provider)
+    except InvalidUsage:
+        return replace(status, warnings=(*status.warnings, f"{sample.path}: its usage cannot be read"))
+    return replace(status, sample_input_tokens=usage.input_tokens, sample_output_tokens=usage.output_tokens)
+
+
+def _json(answer: Answer) -> object:
+    """Raises `ValueError`, saying what was expected."""
+    if answer.problem is None:
+        try:
+            return msgspec.json.decode(answer.body)
+        except (msgspec.DecodeError, RecursionError, UnicodeError):
+            raise ValueError("JSON") from None
+    raise ValueError(f"JSON (it {answer.problem})")

@@ -1,0 +1,140 @@
+"""What a provider is asked to learn its limits, who asks, and what came of it (pure)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from metering.errors import InvalidSetting
+from metering.events import MAX_NAME
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from datetime import datetime
+
+    from metering.errors import MeteringError
+    from metering.providers.limits import LimitWindow
+
+__all__ = ["Credential", "ProbeRule", "ProviderStatus", "Sample", "model_names"]
+
+MAX_MODELS = 1_000
+MODELS_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Credential:
+    """Who asks a provider. Raises `InvalidSetting` for a key that no header can hold, without showing it."""
+
+    id: str
+    """The name it goes by in statuses and logs; not secret."""
+    provider: str
+    key: str | None = field(default=None, repr=False)
+    base_url: str | None = None
+    """Where the provider's API is instead: https, or http on the loopback and on `allowed_hosts`."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Hosts of `base_url` that may be asked without TLS, and at private and link-local addresses."""
+    paid_probes_per_day: int = 0
+    """How often a UTC day a call that costs may be made, where the model list says no limits. 0: never."""
+
+    def __post_init__(self) -> None:
+        for name in (self.id, self.provider):
+            if not (isinstance(name, str) and name.isprintable() and 1 <= len(name) <= MAX_NAME):
+                raise InvalidSetting("credential", name, f"an id and a provider of 1 to {MAX_NAME} characters")
+        object.__setattr__(self, "allowed_hosts", tuple(host.lower() for host in self.allowed_hosts))
+        key = self.key
+        if key is not None and not (isinstance(key, str) and key.isascii() and key.isprintable() and " " not in key):
+            raise InvalidSetting("key", "(not shown)", "a key: ASCII without blanks")
+        paid = self.paid_probes_per_day
+        if type(paid) is not int or paid < 0:
+            raise InvalidSetting("paid_probes_per_day", paid, "a whole number, 0 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProviderStatus:
+    """What one probe found."""
+
+    provider: str
+    account_key: str
+    """The credential's id."""
+    checked_at: datetime
+    """Aware, in UTC."""
+    reachable: bool | None = None
+    """Whether an HTTP answer came in time; None where none was asked for."""
+    error: MeteringError | None = None
+    windows: Mapping[str, LimitWindow] = field(default_factory=dict)
+    retry_after_s: float | None = None
+    rate_limited: bool = False
+    waiting_helps: bool | None = None
+    """As in `Limits`."""
+    warnings: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    """The provider's first page of them, at most 1,000."""
+    sample_model: str | None = None
+    """The model of the call that cost; None where none was made."""
+    sample_input_tokens: int | None = None
+    sample_output_tokens: int | None = None
+    sample_latency_ms: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it: times as text, the error as its type and message, at most 20 models beside their count."""
+        error = self.error
+        return {
+            "provider": self.provider,
+            "account_key": self.account_key,
+            "checked_at": self.checked_at.isoformat(),
+            "reachable": self.reachable,
+            "error": None if error is None else {"type": type(error).__name__, "message": str(error)},
+            "windows": {
+                name: {**asdict(window), "reset_at": window.reset_at and window.reset_at.isoformat()}
+                for name, window in self.windows.items()
+            },
+            "retry_after_s": self.retry_after_s,
+            "rate_limited": self.rate_limited,
+            "waiting_helps": self.waiting_helps,
+            "warnings": list(self.warnings),
+            "models": list(self.models[:MODELS_SHOWN]),
+            "model_count": len(self.models),
+            "sample_model": self.sample_model,
+            "sample_input_tokens": self.sample_input_tokens,
+            "sample_output_tokens": self.sample_output_tokens,
+            "sample_latency_ms": self.sample_latency_ms,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """A call that costs: a POST of one token."""
+
+    model: str
+    path: str
+    body: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ProbeRule:
+    """How a provider is asked."""
+
+    url: str
+    """Where its API is, unless it is said otherwise."""
+    headers: Callable[[str], Mapping[str, str]]
+    """What goes with each question; the argument is the key."""
+    models_path: str
+    models_in: tuple[str, str]
+    """Where an answer has its models, and where each has its name."""
+    sample: Callable[[Sequence[str]], Sample | None]
+    """The call that costs least, of those that the listed models allow."""
+    needs_key: bool = True
+    latency_ns: str | None = None
+    """Where the sample's answer says how long it took."""
+
+
+def model_names(rule: ProbeRule, answer: object) -> tuple[str, ...]:
+    """The names of the models of an answer. Raises `ValueError`, saying what was expected."""
+    place, name = rule.models_in
+    listed: Any = answer.get(place) if isinstance(answer, dict) else None
+    if listed is None or type(listed) is not list:
+        raise ValueError(f"a JSON object with the list {place}")
+    names = [model.get(name) if isinstance(model, dict) else None for model in listed[:MAX_MODELS]]
+    if not all(isinstance(each, str) and each.isprintable() and len(each) <= MAX_NAME for each in names):
+        raise ValueError(f"models that each have a text {name}")
+    return tuple(str(each) for each in names)

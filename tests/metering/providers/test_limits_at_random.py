@@ -1,0 +1,93 @@
+"""Whatever an answer says, it is read or said not to be, and nothing in between."""
+
+from __future__ import annotations
+
+import decimal
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from metering.providers import LimitWindow, observe, parse_limits
+from metering.providers.registry import LIMIT_RULES
+from tests.metering.providers import answers
+
+if TYPE_CHECKING:
+    from metering.providers import Limits
+
+REAL = [value for name, value in vars(answers).items() if name.isupper() and isinstance(value, dict)]
+NAMES = sorted({name for headers in REAL for name in headers if "limit" in name or "priority" in name})
+NAMES += ["date", "Date", "retry-after", "Retry-After-Ms", "x-ratelimit-limit-", "anthropic-ratelimit--limit"]
+VALUES = sorted({value for headers in REAL for value in headers.values()})
+
+
+def as_bytes(text: str) -> bytes:
+    return text.encode("utf-8", "replace")
+
+
+names = st.sampled_from(NAMES) | st.text(max_size=12) | st.text(max_size=5).map("x-ratelimit-limit-".__add__)
+numbers = st.integers(-1, 30).map(str) | st.integers().map(str) | st.floats().map(str) | st.decimals().map(str)
+durations = st.lists(
+    st.tuples(numbers, st.sampled_from(["ns", "us", "ms", "s", "m", "h", "d", ""])).map("".join), max_size=3
+).map("".join)
+times = st.datetimes(timezones=st.none() | st.timezones()).map(lambda moment: moment.isoformat())
+values = st.sampled_from(VALUES) | numbers | durations | times | st.text(max_size=20)
+either = values | values.map(as_bytes) | st.none() | st.integers() | st.lists(values)
+maps: st.SearchStrategy[Any] = st.dictionaries(names, either, max_size=12) | st.lists(
+    st.tuples(names | names.map(as_bytes), either), max_size=12
+)
+json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.sampled_from(["insufficient_quota", "rate_limit_error"]) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["error", "type", "code"]), inner),
+    max_leaves=6,
+)
+bodies = json | st.binary(max_size=20) | st.text(max_size=20)
+nows = st.datetimes(datetime(1900, 1, 1), datetime(9000, 1, 1), timezones=st.timezones())  # noqa: DTZ001
+
+
+def hold(window: LimitWindow, warnings: tuple[str, ...]) -> None:
+    for number in (window.limit, window.remaining, window.used, window.reset_in_ms):
+        assert number is None or (type(number) is int and number >= 0)
+    if window.limit is not None and window.remaining is not None and window.remaining > window.limit:
+        assert any(f"{window.remaining} of a limit of {window.limit}" in warning for warning in warnings)
+        assert window.used is None
+    assert window.percent_used is None or window.percent_used >= 0
+    assert (window.reset_at is None) == (window.reset_in_ms is None)
+    assert window.reset_at is None or window.reset_at.tzinfo is UTC
+
+
+def hold_all(limits: Limits) -> None:
+    assert limits.at.tzinfo is UTC
+    for window in limits.windows.values():
+        hold(window, limits.warnings)
+    assert limits.retry_after_s is None or limits.retry_after_s >= 0
+    assert all(text.isprintable() and len(text) < 300 for text in limits.warnings)
+    assert all(name.isascii() and name.isprintable() and value.isprintable() for name, value in limits.raw.items())
+
+
+@settings(max_examples=400)
+@given(st.sampled_from(list(LIMIT_RULES)), maps, nows, st.integers(100, 599), bodies)
+def test_nothing_in_an_answer_raises(provider: str, headers: Any, now: datetime, status: int, body: object) -> None:
+    limits = parse_limits(provider, headers, now=now, status=status, body=body)
+    hold_all(limits)
+    assert limits.rate_limited or status != 429
+
+
+@settings(max_examples=200)
+@given(st.sampled_from(list(LIMIT_RULES)), st.dictionaries(st.sampled_from(NAMES), values, min_size=4), nows)
+def test_what_looks_like_a_header_is_read_or_named(provider: str, headers: Any, now: datetime) -> None:
+    hold_all(parse_limits(provider, headers, now=now))
+
+
+@given(st.text(), st.none() | st.integers() | maps)
+def test_observing_whatever_never_raises(provider: str, response: Any) -> None:
+    assert observe(provider, response).warnings
+
+
+@pytest.mark.parametrize("provider", list(LIMIT_RULES))
+def test_an_apps_decimal_context_is_of_no_account(provider: str) -> None:
+    with decimal.localcontext(decimal.Context(prec=1, traps=[decimal.Inexact, decimal.Rounded])):
+        for headers in REAL:
+            hold_all(parse_limits(provider, headers, now=datetime(2026, 3, 12, tzinfo=UTC)))
