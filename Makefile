@@ -25,7 +25,8 @@ demo: setup  ## bill a month: generated usage, or FILES="a.csv b.csv" ARGS="--ma
 	$(BIN)/python -m examples.demo $(FILES) $(ARGS)
 
 test: setup  ## run the tests
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --ignore tests/faults
+	$(BIN)/python -m pytest -q tests/faults
 
 check: setup  ## format, lint, types, import contracts
 	$(BIN)/ruff format --check .

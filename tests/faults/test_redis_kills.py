@@ -12,6 +12,7 @@ import os
 import random
 import signal
 import threading
+import traceback
 from collections import Counter, defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -146,6 +147,14 @@ async def awaited(answer: Any) -> Any:
 def run_app(place: Place, kind: type, app: dict[str, Any], journal: Path) -> None:
     """The main function of an app: some threads with a `Meter`, or tasks with an `AsyncMeter`."""
     file = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    try:
+        call_at_random(place, kind, app, file)
+    except Exception:
+        os.write(file, msgspec.json.encode({"call": "", "said": traceback.format_exc()}) + b"\n")
+        raise
+
+
+def call_at_random(place: Place, kind: type, app: dict[str, Any], file: int) -> None:
     meter = kind(place.ledger_url, **place.settings(TIMEOUT_S))
     running = App(meter=meter, journal=file, **app)
 
@@ -260,6 +269,11 @@ class Round:
             self.drain.join(chance.choice([0, 0.5]))
             server.start()
 
+    def errors(self) -> list[Any]:
+        """What apps have written down that they did not expect."""
+        lines = [line for journal in self.journals for line in journal.read_bytes().splitlines()]
+        return [line for line in lines if b'"call":""' in line]
+
     def end(self, *, killed: bool) -> dict[str, Call]:
         """Stop the apps, or kill them, and kill the drain; what the apps have written down."""
         self.stop.touch()
@@ -268,7 +282,7 @@ class Round:
                 kill(app)
             else:
                 app.join(DEADLINE_S)
-                assert app.exitcode == 0
+                assert app.exitcode == 0, self.errors()
         kill(self.drain)
         return calls_of(self.journals)
 
