@@ -253,7 +253,6 @@ def _facts(connection: duckdb.DuckDBPyConnection, known: _Known) -> list[RunFact
                 usage=_usage(row),
                 calls=row["calls"],
                 started_at=row["started_at"].astimezone(UTC),
-                ended_at=row["ended_at"].astimezone(UTC),
             )
         )
     payers: defaultdict[str, list[str]] = defaultdict(list)

@@ -85,7 +85,7 @@ class TracedModel:
     usage: TokenUsage
     calls: int
     started_at: datetime
-    ended_at: datetime
+    """In the period that is reconciled, where it was active in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -50,7 +50,7 @@ def billed(number: int, usage: TokenUsage = USED, **said: Any) -> BilledEvent:
 
 
 def traced(usage: TokenUsage = USED, model: str | None = "gpt-4.1") -> TracedModel:
-    return TracedModel(provider="openai", model=model, known_as=model, usage=usage, calls=1, started_at=AT, ended_at=AT)
+    return TracedModel(provider="openai", model=model, known_as=model, usage=usage, calls=1, started_at=AT)
 
 
 def run(events: list[BilledEvent], spans: list[TracedModel], *, holds: int = 0) -> RunFacts:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.tasks.place import Place
+from tests.tasks.runs import PLANS, Runs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,3 +17,11 @@ if TYPE_CHECKING:
 def place(tmp_path: Path, ledger_url: str) -> Place:
     """A home with a new ledger, in it or on Postgres."""
     return Place.at(tmp_path / "home", ledger_url)
+
+
+@pytest.fixture
+def runs(place: Place) -> Runs:
+    """Runs of the account `acme`, whose plan asks to be reconciled."""
+    place.plans(PLANS)
+    place.account("acme", "metered")
+    return Runs(place)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from metering.billing.reconciliation import Tolerance
@@ -98,3 +99,15 @@ def book(place: Place, reconciliation: Reconciliation, verdict: RunVerdict) -> b
         return apply_verdict(ledger, verdict, reconciliation=reconciliation.number, actor="test", now=COSTED_AT)
     finally:
         ledger.close()
+
+
+def the_one(place: Place) -> tuple[Reconciliation, RunVerdict]:
+    """The one run that differs."""
+    reconciliation, found = reconciled(place)
+    (verdict,) = found.values()
+    return reconciliation, verdict
+
+
+def exact_total(place: Place, account: str = "acme") -> Decimal:
+    place.invoice()
+    return sum((item.exact_amount for item in place.invoices()[account].items), Decimal(0))

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import pytest
 
-from metering.admission.verify import check_counters
-from metering.errors import CorrectionConflict, InvalidSetting, UnknownReconciliation
+from metering.errors import CorrectionConflict
 from metering.events import TokenUsage
-from tasks.reconciled import apply_reconciliation
-from tests.tasks.place import COSTED_AT, NOVEMBER, Place
-from tests.tasks.runs import PLANS, USED, Runs, book, reconciled
-
-if TYPE_CHECKING:
-    from metering.billing.reconciliation import Reconciliation, RunVerdict
+from tests.tasks.place import COSTED_AT, NOVEMBER
+from tests.tasks.runs import USED, Runs, book, exact_total, reconciled, the_one
 
 ON_SQLITE = pytest.mark.parametrize("either_url", ["sqlite"], indirect=True)
 
@@ -25,18 +19,6 @@ ON_SQLITE = pytest.mark.parametrize("either_url", ["sqlite"], indirect=True)
 @pytest.fixture
 def ledger_url(either_url: str) -> str:
     return either_url
-
-
-@pytest.fixture
-def runs(place: Place) -> Runs:
-    place.plans(PLANS)
-    place.account("acme", "metered")
-    return Runs(place)
-
-
-def exact_total(place: Place, account: str = "acme") -> Decimal:
-    place.invoice()
-    return sum((item.exact_amount for item in place.invoices()[account].items), Decimal(0))
 
 
 def test_planted_faults_are_found_priced_and_put_right(runs: Runs) -> None:
@@ -117,95 +99,6 @@ def test_planted_faults_are_found_priced_and_put_right(runs: Runs) -> None:
     assert exact_total(place) - owed_before == owed
 
 
-def state_of(place: Place) -> tuple[Reconciliation, RunVerdict]:
-    """The one run that differs."""
-    reconciliation, found = reconciled(place)
-    (verdict,) = found.values()
-    return reconciliation, verdict
-
-
-@ON_SQLITE
-@pytest.mark.parametrize("fault", ["twice", "never", "no trace"])
-def test_what_two_reconciliations_propose_is_booked_once(runs: Runs, fault: str) -> None:
-    if fault != "never":
-        runs.bill("run")
-    if fault == "twice":
-        runs.bill("run")
-    if fault != "no trace":
-        runs.trace("run")
-    one, another = state_of(runs.place), state_of(runs.place)
-    assert one[1].corrections == another[1].corrections
-    assert book(runs.place, *one)
-    rows = runs.place.ledger_rows("SELECT count(*) FROM events")
-    # An accepted run has nothing to book, and stands as it did.
-    assert book(runs.place, *another) is (fault == "no trace")
-    assert book(runs.place, *one) is (fault == "no trace")
-    assert runs.place.ledger_rows("SELECT count(*) FROM events") == rows
-    assert reconciled(runs.place)[1] == {}
-    assert runs.place.ledger_rows("SELECT applied_by FROM verdicts") == [("test",), ("test",)]
-
-
-@ON_SQLITE
-@pytest.mark.parametrize("fault", ["twice", "never", "no trace"])
-def test_a_correction_is_refused_once_something_else_is_billed(runs: Runs, fault: str) -> None:
-    if fault != "never":
-        runs.bill("run")
-    if fault == "twice":
-        runs.bill("run")
-    if fault != "no trace":
-        runs.trace("run")
-    found = state_of(runs.place)
-    runs.bill("run", TokenUsage(input_tokens=1))  # what had waited in a spool
-    rows = runs.place.ledger_rows("SELECT count(*) FROM events")
-    with pytest.raises(CorrectionConflict, match="run 'run' of account 'acme': it has changed since"):
-        book(runs.place, *found)
-    assert runs.place.ledger_rows("SELECT count(*) FROM events") == rows
-    assert runs.place.ledger_rows("SELECT applied_by FROM verdicts") == [(None,)]
-
-
-@ON_SQLITE
-def test_a_correction_is_refused_once_something_else_is_traced(runs: Runs) -> None:
-    runs.bill("run")
-    runs.bill("run")
-    runs.trace("run")
-    found = state_of(runs.place)
-    runs.trace("run")  # the other half
-    with pytest.raises(CorrectionConflict, match="run 'run' of account 'acme': it has changed since it was judged"):
-        book(runs.place, *found)
-    assert reconciled(runs.place)[0].runs == {"acme": {"matched": 1}}
-
-
-@ON_SQLITE
-def test_a_correction_by_hand_is_not_taken_for_the_proposed_one(runs: Runs) -> None:
-    runs.bill("run", TokenUsage(input_tokens=900, cache_read_tokens=400, output_tokens=100))
-    runs.trace("run")
-    found = state_of(runs.place)
-    (step,) = found[1].corrections
-    assert step.event_id is not None
-    with runs.place.meter() as meter:
-        meter.correct(step.event_id, usage=TokenUsage(input_tokens=1_200), reason="by hand")
-    with pytest.raises(CorrectionConflict, match="it has changed since it was judged"):
-        book(runs.place, *found)
-
-
-@ON_SQLITE
-def test_an_abandoned_run_that_was_accepted_is_found_again_once_its_trace_comes(runs: Runs) -> None:
-    runs.crash("run")
-    assert book(runs.place, *state_of(runs.place))
-    assert reconciled(runs.place)[0].runs == {"acme": {"accepted": 1}}
-    runs.trace("run")
-    assert state_of(runs.place)[1].corrections[0].action == "add"
-
-
-@ON_SQLITE
-def test_an_accepted_run_is_found_again_once_its_trace_comes(runs: Runs) -> None:
-    runs.bill("run")
-    assert book(runs.place, *state_of(runs.place))
-    assert reconciled(runs.place)[0].runs == {"acme": {"accepted": 1}}
-    runs.trace("run", TokenUsage(input_tokens=1_000, output_tokens=50))
-    assert state_of(runs.place)[1].verdict == "mismatched"
-
-
 @ON_SQLITE
 def test_a_run_that_may_still_change_is_left_for_the_next_time(runs: Runs) -> None:
     runs.bill("run")
@@ -224,7 +117,7 @@ def test_a_hold_that_nobody_has_marked_as_expired_is_abandoned_all_the_same(runs
     runs.trace("run")
     assert reconciled(runs.place, now=NOVEMBER + timedelta(minutes=5))[0].runs == {"acme": {"pending": 1}}
     assert runs.place.ledger_rows("SELECT state FROM holds") == [("open",)]
-    found = state_of(runs.place)
+    found = the_one(runs.place)
     assert (found[1].verdict, found[1].amount) == ("abandoned", Decimal("0.0044"))
 
 
@@ -339,20 +232,6 @@ def test_whose_a_run_is_may_show_in_another_period(runs: Runs) -> None:
 
 
 @ON_SQLITE
-def test_a_correction_is_refused_once_a_child_of_another_run_is_traced(runs: Runs) -> None:
-    agent = runs.trace("agent")
-    found = state_of(runs.place)
-    with runs.place.meter() as meter:
-        assert meter.record_span(
-            {"trace_id": "trace of agent", "span_id": "child", "parent_span_id": agent, "attributes": {}},
-            account="acme",
-            run_id="another",
-        )
-    with pytest.raises(CorrectionConflict, match="it has changed since it was judged"):
-        book(runs.place, *found)
-
-
-@ON_SQLITE
 def test_only_what_is_traced_or_asked_for_is_compared(runs: Runs) -> None:
     runs.place.plans("[plans.plain]\nretention_days = 30\n")
     for account in ("untraced", "traced"):
@@ -417,163 +296,8 @@ def test_where_several_lines_sell_tokens_nobody_guesses(runs: Runs) -> None:
         runs.bill(line, line=line, account="plain")
         runs.trace(line, account="plain")
     runs.trace("never", account="plain")
-    found = state_of(runs.place)
+    found = the_one(runs.place)
     assert [(step.action, step.line) for step in found[1].corrections] == [("add", None)]
     assert (found[1].amount, found[1].cost) == (None, Decimal("0.0022"))
     with pytest.raises(CorrectionConflict, match=r"it is not known which line it is sold on: use Meter\.record"):
         book(runs.place, *found)
-
-
-@ON_SQLITE
-def test_applying_goes_on_where_it_was_stopped(runs: Runs) -> None:
-    for number in range(3):
-        runs.bill(f"run {number}")
-        runs.bill(f"run {number}")
-        runs.trace(f"run {number}")
-    runs.bill("changed")
-    reconciliation, found = reconciled(runs.place)
-    assert book(runs.place, reconciliation, found["run 1"])  # and then it was killed
-    runs.bill("changed", TokenUsage(input_tokens=1))
-    outcome = apply_reconciliation(runs.place.ledger_url, reconciliation.number, actor="finance", now=COSTED_AT)
-    assert (outcome.booked, outcome.booked_before) == (2, 1)
-    assert [reason.partition(":")[0] for reason in outcome.refused] == ["run 'changed' of account 'acme'"]
-    again = apply_reconciliation(runs.place.ledger_url, reconciliation.number, actor="finance", now=COSTED_AT)
-    assert (again.booked, again.booked_before, len(again.refused)) == (0, 3, 1)
-    assert runs.place.ledger_rows(
-        "SELECT actor, action, subject, details FROM admin_log ORDER BY entry DESC LIMIT 1"
-    ) == [("finance", "reconciliation.apply", "1", '{"runs":1}')]
-    with pytest.raises(UnknownReconciliation, match="reconciliation 77 is not in the ledger"):
-        apply_reconciliation(runs.place.ledger_url, 77, actor="finance", now=COSTED_AT)
-
-
-@ON_SQLITE
-def test_a_correction_gives_back_the_quota_it_took(runs: Runs) -> None:
-    with runs.place.meter() as meter:
-        secret = meter.keys.create("acme", plan="metered").secret
-        for _ in range(2):
-            meter.consume(secret, line="application", usage=USED, model="gpt-4.1", provider="openai", run_id="run")
-    runs.trace("run")
-    reconciliation, found = reconciled(runs.place)
-    assert book(runs.place, reconciliation, found["run"])
-    with runs.place.meter() as meter:
-        assert all(check.agrees for check in check_counters(meter.ledger))
-
-
-TIERED = """
-[plans.tiered]
-retention_days = 30
-[[plans.tiered.rates]]
-line = "application"
-metric = "input_tokens"
-type = "volume"
-tiers = [{ up_to = 3_000, unit_amount = "0.01" }, { unit_amount = "0.002" }]
-"""
-
-
-@ON_SQLITE
-def test_what_corrections_come_to_together_is_what_they_do_to_the_bill(runs: Runs) -> None:
-    runs.place.plans(TIERED)
-    runs.place.account("acme-2", "tiered")
-    for number in range(5):
-        runs.bill(f"fine {number}", account="acme-2")
-        runs.trace(f"fine {number}", account="acme-2")
-        runs.bill(f"twice {number}", account="acme-2")
-        runs.bill(f"twice {number}", account="acme-2")
-        runs.trace(f"twice {number}", account="acme-2")
-    runs.bill("untold", account="acme-2")
-    reconciliation, found = reconciled(runs.place)
-    before = exact_total(runs.place, "acme-2")
-    stake = reconciliation.stakes["acme-2"]
-    for run_id, verdict in found.items():
-        if run_id != "untold":
-            assert book(runs.place, reconciliation, verdict)
-    runs.place.aggregate()
-    after = exact_total(runs.place, "acme-2")
-    assert (stake.currency, stake.change) == ("USD", after - before)
-    assert stake.cost == 5 * Decimal("-0.0022")
-    assert not stake.looks_sampled
-
-
-@ON_SQLITE
-def test_a_run_is_priced_by_the_plan_and_the_period_it_is_billed_on(runs: Runs) -> None:
-    runs.place.account("mover", "metered")
-    later = Place(runs.place.home, clock=lambda: NOVEMBER + timedelta(days=5))
-    with later.meter() as meter:
-        meter.accounts.change_plan("mover", "pro")
-    runs.bill("fine", account="mover")
-    for run_id in ("fine", "never"):
-        runs.trace(run_id, account="mover")
-    assert state_of(runs.place)[1].amount == Decimal("0.0044")
-
-
-@ON_SQLITE
-def test_what_has_no_price_is_counted_and_in_no_sum(runs: Runs) -> None:
-    runs.trace("never", model="mystery")
-    reconciliation, verdict = state_of(runs.place)
-    assert (verdict.amount, verdict.cost) == (Decimal("0.0044"), None)
-    stake = reconciliation.stakes["acme"]
-    assert (stake.unpriced, stake.uncosted, stake.change, stake.cost) == (0, 1, Decimal("0.0044"), 0)
-
-
-@ON_SQLITE
-def test_traces_that_look_sampled_are_said_to(runs: Runs) -> None:
-    for number in range(12):
-        for _ in range(3):
-            runs.bill(f"run {number}")
-        runs.trace(f"run {number}")
-    assert reconciled(runs.place)[0].stakes["acme"].looks_sampled
-
-
-@ON_SQLITE
-def test_a_run_of_another_account_is_not_billed_twice(runs: Runs) -> None:
-    runs.place.account("beta", "metered")
-    runs.bill("run", account="beta")
-    runs.trace("run")
-    reconciliation, _ = reconciled(runs.place)
-    assert reconciliation.runs == {"acme": {"unbilled": 1}, "beta": {"untraced": 1}}
-    outcome = apply_reconciliation(runs.place.ledger_url, 1, actor="finance", now=COSTED_AT)
-    (refused,) = outcome.refused
-    assert refused.endswith("tokens were traced, none are billed; a run of this id is billed to beta)")
-    # Also once it is accepted there.
-    assert reconciled(runs.place)[0].runs == {"acme": {"unbilled": 1}, "beta": {"accepted": 1}}
-    apply_reconciliation(runs.place.ledger_url, 2, actor="finance", now=COSTED_AT)
-    assert runs.place.ledger_rows("SELECT account FROM events") == [("beta",)]
-
-
-@ON_SQLITE
-def test_a_reviewer_chooses_what_is_booked(runs: Runs) -> None:
-    for run_id in ("a", "b"):
-        runs.bill(run_id)
-        runs.bill(run_id)
-        runs.trace(run_id)
-    runs.bill("untold")
-    reconciliation, found = reconciled(runs.place)
-
-    def apply(**chosen: Any) -> tuple[int, int]:
-        outcome = apply_reconciliation(
-            runs.place.ledger_url, reconciliation.number, actor="finance", now=COSTED_AT, **chosen
-        )
-        return outcome.booked, outcome.booked_before
-
-    assert apply(only=[found["b"].number]) == (1, 0)
-    assert apply(verdicts_of=["double-counted"]) == (1, 1)
-    with pytest.raises(InvalidSetting, match="number: got 77, expected one that the reconciliation has: 1, 2, 3"):
-        apply(only=[77])
-    with pytest.raises(InvalidSetting, match="verdict: got 'wrong', expected one that the reconciliation has: aband"):
-        apply(verdicts_of=["wrong"])
-    assert reconciled(runs.place)[0].runs == {"acme": {"matched": 2, "untraced": 1}}
-
-
-@ON_SQLITE
-def test_of_many_reconciliations_only_the_newest_proposals_are_kept(
-    runs: Runs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("metering.ledger.verdicts.KEPT", 2)
-    runs.bill("a")
-    runs.bill("b")
-    reconciliation, found = reconciled(runs.place)
-    assert book(runs.place, reconciliation, found["a"])
-    for _ in range(3):
-        reconciled(runs.place)
-    kept = runs.place.ledger_rows("SELECT reconciliation, run_id FROM verdicts ORDER BY reconciliation, run_id")
-    assert kept == [(1, "a"), (3, "b"), (4, "b")]
