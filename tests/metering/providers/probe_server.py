@@ -72,6 +72,10 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
+MODELS = {"anthropic": "GET /v1/models?limit=1000", "openai": "GET /v1/models", "ollama": "GET /api/tags"}
+"""What is asked of each provider first."""
+
+
 class ProbeServer(ThreadingHTTPServer):
     """All three providers, at one URL; each answers as it does when nothing is wrong. `with` runs it."""
 
