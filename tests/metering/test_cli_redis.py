@@ -54,14 +54,14 @@ def on_redis(
 ) -> Callable[..., Any]:
     """Runs `tallystick ARGUMENTS` with quotas on an empty Redis, and time enough for a busy machine."""
     monkeypatch.setenv("METERING_QUOTA_URL", server.url)
-    monkeypatch.setenv("METERING_TIMEOUT_MS", "1000")
+    monkeypatch.setenv("METERING_TIMEOUT_MS", "20000")
     return tallystick
 
 
 @pytest.fixture
 def app(on_redis: Any, ledger_url: str, server: RedisServer) -> Iterator[Meter]:
     """A meter beside the command line, on the same ledger and Redis."""
-    with Meter(ledger_url, quota_url=server.url, spool=Path(".tallystick/spool")) as meter:
+    with Meter(ledger_url, quota_url=server.url, quota_timeout_s=20, spool=Path(".tallystick/spool")) as meter:
         yield meter
 
 
@@ -72,9 +72,12 @@ def secret(app: Meter) -> str:
 
 @contextmanager
 def frozen(server: RedisServer) -> Iterator[None]:
+    """Redis answers nothing, which commands wait for no longer than a moment."""
     server.freeze()
     try:
-        yield
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("METERING_TIMEOUT_MS", "100")
+            yield
     finally:
         server.thaw()
 
@@ -113,7 +116,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from metering import Meter
-meter = Meter(sys.argv[1], quota_url=sys.argv[2], spool=Path(sys.argv[3]))
+meter = Meter(sys.argv[1], quota_url=sys.argv[2], quota_timeout_s=20, spool=Path(sys.argv[3]))
 meter.consume(sys.argv[4], line="chat", request={"asked": "by one who is gone"})
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -132,13 +135,13 @@ def test_a_drain_carries_what_a_killed_process_left_in_its_spool(
 
 
 def test_a_drain_bills_a_settle_that_redis_could_not_be_told(
-    on_redis: Any, app: Meter, secret: str, server: RedisServer, monkeypatch: pytest.MonkeyPatch
+    on_redis: Any, app: Meter, secret: str, server: RedisServer, ledger_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hold = app.reserve(secret, line="chat", estimate=USAGE)
-    monkeypatch.setattr(app._courier, "ship", Shipped)  # only the drain is to carry it
-    with frozen(server):
-        hold.settle(TokenUsage(input_tokens=3))
-    app._courier._spool.seal()
+    with Meter(ledger_url, quota_url=server.url, quota_timeout_s=2, spool=Path(".tallystick/spool")) as impatient:
+        hold = impatient.reserve(secret, line="chat", estimate=USAGE)
+        monkeypatch.setattr(impatient._courier, "ship", Shipped)  # only the drain is to carry it
+        with frozen(server):
+            hold.settle(TokenUsage(input_tokens=3))
     assert on_redis("drain").out.endswith(" 1 inserted\n")
     [total] = app.usage("acme")
     assert (total.requests, total.input_tokens) == (1, 3)
@@ -306,7 +309,7 @@ def test_following_goes_on_until_a_signal(on_redis: Any, app: Meter, secret: str
 def test_following_waits_out_a_server_that_is_away(
     tallystick: Any, ledger_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with RedisServer(appendonly=True) as server, Meter(ledger_url, quota_url=server.url) as meter:
+    with RedisServer(appendonly=True) as server, Meter(ledger_url, quota_url=server.url, quota_timeout_s=20) as meter:
         monkeypatch.setenv("METERING_QUOTA_URL", server.url)
         secret = meter.keys.create("acme", plan="pro").secret
         meter.consume(secret, line="chat")

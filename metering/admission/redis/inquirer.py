@@ -161,7 +161,7 @@ class Inquirer:
             return reply
         if sent.unanswered:
             raise OutcomeUnknown(str(trouble))
-        raise StoreUnavailable(f"Redis did not answer within {self._timeout_s:g} s: {trouble}")
+        raise self._unavailable(trouble)
 
     def _call(self, shard: int, *command: Any) -> Steps[Any]:
         """Run a command that changes nothing."""
@@ -173,7 +173,12 @@ class Inquirer:
             except (NotDone, OutcomeUnknown) as exc:
                 trouble = exc
                 yield Pause(min(PAUSE_S, left_s))
-        raise StoreUnavailable(f"Redis did not answer within {self._timeout_s:g} s: {trouble}")
+        raise self._unavailable(trouble)
+
+    def _unavailable(self, trouble: Exception | None) -> StoreUnavailable:
+        if trouble is None:
+            return StoreUnavailable(f"no time was left to ask Redis: reading the ledger took {self._timeout_s:g} s")
+        return StoreUnavailable(f"Redis did not answer within {self._timeout_s:g} s: {trouble}")
 
     def _floor(self, shard: int) -> Steps[_Floor]:
         floor = self._floors.get(shard)
