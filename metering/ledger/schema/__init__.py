@@ -1,0 +1,83 @@
+"""The tables of the ledger, the database of record. `migrations/` builds exactly this; a test compares the two."""
+
+from __future__ import annotations
+
+from sqlalchemy import BigInteger, Column, MetaData, Table, text
+
+from metering.ledger.schema.calls import (
+    account_plans,
+    accounts,
+    admin_log,
+    api_keys,
+    counters,
+    event_ids,
+    events,
+    holds,
+    ledger_info,
+    outbox,
+    plan_versions,
+    rate_counters,
+    replays,
+    request_log,
+)
+from metering.ledger.schema.columns import metadata
+from metering.ledger.schema.providers import provider_pulls, provider_usage
+from metering.ledger.schema.reconciling import event_costs, reconciliations, recosts, replaced_costs, spans, verdicts
+from metering.ledger.schema.redis import dead_letters, key_reuses, shards
+from metering.ledger.types import UtcDateTime, Uuid
+
+__all__ = [
+    "account_plans",
+    "accounts",
+    "admin_log",
+    "api_keys",
+    "counters",
+    "dead_letters",
+    "event_costs",
+    "event_ids",
+    "events",
+    "holds",
+    "key_reuses",
+    "ledger_info",
+    "metadata",
+    "metadata_on_postgres",
+    "outbox",
+    "plan_versions",
+    "provider_pulls",
+    "provider_usage",
+    "rate_counters",
+    "reconciliations",
+    "recosts",
+    "replaced_costs",
+    "replays",
+    "request_log",
+    "shards",
+    "spans",
+    "verdicts",
+]
+
+
+def metadata_on_postgres() -> MetaData:
+    """The tables as they lie on Postgres, where events and spans also say which transaction wrote them.
+
+    There a `seq` is handed out before its transaction commits, so a load that remembers the highest it has seen skips
+    whatever commits later with a lower one. `commit_xid` below `pg_snapshot_xmin` is in every later snapshot.
+    """
+    on_postgres = MetaData(naming_convention=metadata.naming_convention)
+    for table in metadata.sorted_tables:
+        table.to_metadata(on_postgres)
+    current_xid = text("(pg_current_xact_id()::text)::bigint")
+    for name in ("events", "spans"):
+        on_postgres.tables[name].append_column(
+            Column("commit_xid", BigInteger, nullable=False, index=True, server_default=current_xid)
+        )
+    # What each writer has committed last: where the answer to a commit is lost it is read there. The number of a
+    # transaction does not tell, because a server that crashed may give it to another one.
+    Table(
+        "writer_commits",
+        on_postgres,
+        Column("writer", Uuid, primary_key=True),
+        Column("mark", Uuid, nullable=False),
+        Column("marked_at", UtcDateTime, nullable=False),
+    )
+    return on_postgres
