@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 import msgspec
 
@@ -29,10 +30,11 @@ from metering.errors import (
     UnknownProvider,
 )
 from metering.providers.addresses import check_address, check_url
+from metering.providers.paying import PaidByProcess, PaidProbes
 from metering.providers.probe_answers import Answer, with_answer, with_models, with_sample
 from metering.providers.probes import Credential, ProviderStatus
 from metering.providers.registry import PROBE_RULES, limit_rule_named
-from metering.providers.sharing import DailyCounts, Shared
+from metering.providers.sharing import Shared
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 
     import httpx
 
-    from metering.providers.probes import ProbeRule
+    from metering.providers.probes import ProbeRule, Sample
 
 __all__ = ["Credential", "Memory", "ProviderStatus", "probe", "probe_sync"]
 
@@ -55,20 +57,33 @@ logger = logging.getLogger("metering")
 
 
 class Memory:
-    """What the probes of a process share: statuses for a minute, failed ones for ten seconds, and what was paid for."""
+    """What probes share: statuses for a minute, failed ones for ten seconds, and what was paid for.
 
-    def __init__(self) -> None:
+    `paid` counts the calls that cost; without one they are counted in this process alone.
+    """
+
+    def __init__(self, *, paid: PaidProbes | None = None) -> None:
         self.statuses: Shared[ProviderStatus] = Shared(ttl_s=lambda status: ERROR_TTL_S if status.error else TTL_S)
-        self.paid = DailyCounts()
+        self.paid: PaidProbes = PaidByProcess() if paid is None else paid
+        _MEMORIES.add(self)
 
     def after_fork(self) -> None:
         """In a child nobody asks yet, and no lock is held."""
         self.statuses.after_fork()
-        self.paid.after_fork()
+        if isinstance(self.paid, PaidByProcess):
+            self.paid.after_fork()
 
 
+_MEMORIES: WeakSet[Memory] = WeakSet()
 _MEMORY = Memory()
-os.register_at_fork(after_in_child=_MEMORY.after_fork)
+
+
+def _after_fork() -> None:
+    for memory in list(_MEMORIES):
+        memory.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 async def probe(
@@ -146,14 +161,55 @@ async def _probed(
         if status.error is None:
             status = with_models(status, rule, answer)
         sample = None if status.error or status.windows else rule.sample(status.models)
-        counted = (credential.id, provider, credential.base_url)
-        if sample is None or not memory.paid.take(counted, clock().date(), credential.paid_probes_per_day):
+        if sample is None or credential.paid_probes_per_day == 0:
             return status
-        try:
-            answer = await conversation.ask("POST", sample.path, msgspec.json.encode(sample.body))
-        except ProbeFailed as exc:
-            return replace(status, error=_bare(exc), sample_model=sample.model)
-        return with_sample(with_answer(status, answer, clock()), rule, sample, answer)
+        return await _sampled(status, conversation, sample, clock, memory.paid)
+
+
+async def _sampled(
+    status: ProviderStatus,
+    conversation: _Conversation,
+    sample: Sample,
+    clock: Callable[[], datetime],
+    payer: PaidProbes,
+) -> ProviderStatus:
+    """With the call that costs, where there is leave for one more."""
+    credential = conversation.credential
+    try:
+        paid = await asyncio.to_thread(
+            payer.take,
+            credential=credential.id,
+            provider=status.provider,
+            base_url=conversation.url,
+            at=clock(),
+            model=sample.model,
+            most=credential.paid_probes_per_day,
+        )
+    except Exception as exc:  # noqa: BLE001  what is not counted is not paid for, and the limits are known without it
+        return _warned(status, f"paid probe: not made, because it cannot be counted ({type(exc).__name__})")
+    if paid is None:
+        return status
+    try:
+        answer = await conversation.ask("POST", sample.path, msgspec.json.encode(sample.body))
+    except ProbeFailed as exc:
+        status = replace(status, error=_bare(exc), sample_model=sample.model)
+    else:
+        status = with_sample(with_answer(status, answer, clock()), conversation.rule, sample, answer)
+    try:
+        await asyncio.to_thread(
+            payer.spent,
+            paid,
+            input_tokens=status.sample_input_tokens,
+            output_tokens=status.sample_output_tokens,
+            latency_ms=status.sample_latency_ms,
+        )
+    except Exception as exc:  # noqa: BLE001  it is made, and counted
+        return _warned(status, f"paid probe: what it spent cannot be recorded ({type(exc).__name__})")
+    return status
+
+
+def _warned(status: ProviderStatus, warning: str) -> ProviderStatus:
+    return replace(status, warnings=(*status.warnings, warning))
 
 
 @asynccontextmanager
@@ -173,22 +229,22 @@ class _Conversation:
     def __init__(
         self, client: httpx.AsyncClient, credential: Credential, provider: str, rule: ProbeRule, timeout_s: float
     ) -> None:
+        self.credential = credential
+        self.rule = rule
+        self.url = (credential.base_url or rule.url).rstrip("/").removesuffix("/v1")
         self._client = client
-        self._credential = credential
         self._provider = provider
-        self._rule = rule
         self._timeout_s = timeout_s
-        self._url = (credential.base_url or rule.url).rstrip("/").removesuffix("/v1")
 
     async def ask(self, method: str, path: str, body: bytes | None = None) -> Answer:
         """One answer, of any status. Raises `ProbeFailed`."""
         import httpx
 
         name = self._provider
-        allowed = self._credential.allowed_hosts
-        host, port = check_url(name, self._url, allowed)
+        allowed = self.credential.allowed_hosts
+        host, port = check_url(name, self.url, allowed)
         try:
-            if httpx.URL(self._url).host != host:
+            if httpx.URL(self.url).host != host:
                 raise AddressRefused(name, f"the base URL of {host} can be read in two ways")
             async with asyncio.timeout(self._timeout_s):
                 await check_address(name, host, port, allowed)
@@ -206,7 +262,7 @@ class _Conversation:
 
     async def _answer(self, method: str, path: str, body: bytes | None) -> Answer:
         headers = {
-            **self._rule.headers(self._credential.key or ""),
+            **self.rule.headers(self.credential.key or ""),
             "accept": "application/json",
             "accept-encoding": "identity",  # or 1 MB may unpack to a thousand
             **({} if body is None else {"content-type": "application/json"}),
@@ -214,7 +270,7 @@ class _Conversation:
         start = perf_counter()
         async with self._client.stream(
             method,
-            self._url + path,
+            self.url + path,
             headers=headers,
             content=body,
             auth=None,

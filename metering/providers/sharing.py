@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Hashable
-    from datetime import date, datetime
+    from datetime import datetime
 
-__all__ = ["MAX_KEPT", "DailyCounts", "Shared"]
+__all__ = ["MAX_KEPT", "Shared"]
 
 MAX_KEPT = 1_024
 
@@ -66,28 +66,3 @@ class Shared(Generic[_T]):
                     if len(self._kept) > self._max_kept:
                         self._kept.popitem(last=False)
             flight.set_result(found)
-
-
-class DailyCounts:
-    """How often something was done on a UTC day, in this process."""
-
-    def __init__(self, *, max_kept: int = MAX_KEPT) -> None:
-        self._max_kept = max_kept
-        self._day: date | None = None
-        self._counts: dict[Hashable, int] = {}
-        self.after_fork()
-
-    def after_fork(self) -> None:
-        """Forget who holds the lock."""
-        self._lock = threading.Lock()
-
-    def take(self, key: Hashable, day: date, most: int) -> bool:
-        """Whether it may be done once more, which counts it. Not for more keys a day than are kept."""
-        with self._lock:
-            if self._day is None or day > self._day:
-                self._day, self._counts = day, {}
-            count = self._counts.get(key, 0)
-            if count >= most or (key not in self._counts and len(self._counts) >= self._max_kept):
-                return False
-            self._counts[key] = count + 1
-            return True
