@@ -9,10 +9,7 @@ import asyncio
 import hashlib
 import logging
 import os
-import ssl
-from contextlib import asynccontextmanager
 from dataclasses import replace
-from time import perf_counter
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
@@ -20,29 +17,27 @@ import msgspec
 
 from metering.clock import utc_now
 from metering.errors import (
-    AddressRefused,
     ConnectionFailed,
     MeteringError,
     NoProviderKey,
     ProbeFailed,
     ProbeTimeout,
-    TlsFailed,
     UnknownProvider,
 )
-from metering.providers.addresses import check_address, check_url
+from metering.providers.conversation import Conversation, client_or_own
 from metering.providers.paying import PaidByProcess, PaidProbes
-from metering.providers.probe_answers import Answer, with_answer, with_models, with_sample
+from metering.providers.probe_answers import with_answer, with_models, with_sample
 from metering.providers.probes import Credential, ProviderStatus
 from metering.providers.registry import PROBE_RULES, limit_rule_named
 from metering.providers.sharing import Shared
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import Callable
     from datetime import datetime
 
     import httpx
 
-    from metering.providers.probes import ProbeRule, Sample
+    from metering.providers.probes import Sample
 
 __all__ = ["Credential", "Memory", "ProviderStatus", "probe", "probe_sync"]
 
@@ -50,8 +45,6 @@ TIMEOUT_S = 8.0
 """For one question: looking the host up, asking, and the whole answer."""
 TTL_S = 60.0
 ERROR_TTL_S = 10.0
-MAX_BODY = 1024 * 1024
-"""Bytes of an answer that are read."""
 
 logger = logging.getLogger("metering")
 
@@ -99,7 +92,8 @@ async def probe(
 
     Gets the model list, and where that says no limits and `paid_probes_per_day` allows it, posts a call of one token.
     A status is kept for 60 s, 10 s where it has an error; `force_refresh` asks all the same, but never twice at once.
-    `client` serves many probes of one event loop; without one, each probe makes its own. Redirects are not followed.
+    `client` serves many probes of one event loop; without one, each probe makes its own. Redirects are not followed. A
+    GET that finds no connection, or is answered 502, 503 or 504, is asked up to twice more, all within `timeout_s`.
 
     Whatever goes wrong with the provider is the status's `error`, and not raised: `UnknownProvider`, or one of
     `ProbeFailed`. Raises ImportError without httpx.
@@ -151,8 +145,8 @@ async def _probed(
     rule = PROBE_RULES[provider]
     if rule.needs_key and not credential.key:
         return replace(status, error=NoProviderKey(provider, f"no key is configured for {credential.id!r}"))
-    async with _client(client) as asked:
-        conversation = _Conversation(asked, credential, provider, rule, timeout_s)
+    async with client_or_own(client) as asked:
+        conversation = Conversation(asked, credential, provider, rule, timeout_s, clock)
         try:
             answer = await conversation.ask("GET", rule.models_path)
         except ProbeFailed as exc:
@@ -168,7 +162,7 @@ async def _probed(
 
 async def _sampled(
     status: ProviderStatus,
-    conversation: _Conversation,
+    conversation: Conversation,
     sample: Sample,
     clock: Callable[[], datetime],
     payer: PaidProbes,
@@ -212,111 +206,8 @@ def _warned(status: ProviderStatus, warning: str) -> ProviderStatus:
     return replace(status, warnings=(*status.warnings, warning))
 
 
-@asynccontextmanager
-async def _client(client: httpx.AsyncClient | None) -> AsyncIterator[httpx.AsyncClient]:
-    import httpx
-
-    if client is not None:
-        yield client
-        return
-    async with httpx.AsyncClient() as own:
-        yield own
-
-
-class _Conversation:
-    """The questions of one probe."""
-
-    def __init__(
-        self, client: httpx.AsyncClient, credential: Credential, provider: str, rule: ProbeRule, timeout_s: float
-    ) -> None:
-        self.credential = credential
-        self.rule = rule
-        self.url = (credential.base_url or rule.url).rstrip("/").removesuffix("/v1")
-        self._client = client
-        self._provider = provider
-        self._timeout_s = timeout_s
-
-    async def ask(self, method: str, path: str, body: bytes | None = None) -> Answer:
-        """One answer, of any status. Raises `ProbeFailed`."""
-        import httpx
-
-        name = self._provider
-        allowed = self.credential.allowed_hosts
-        host, port = check_url(name, self.url, allowed)
-        try:
-            if httpx.URL(self.url).host != host:
-                raise AddressRefused(name, f"the base URL of {host} can be read in two ways")
-            async with asyncio.timeout(self._timeout_s):
-                await check_address(name, host, port, allowed)
-                return await self._answer(method, path, body)
-        except (TimeoutError, httpx.TimeoutException):
-            problem: ProbeFailed = ProbeTimeout(name, f"{host} did not answer within {self._timeout_s:g} s")
-        except httpx.TransportError as exc:
-            if _is_tls(exc):
-                problem = TlsFailed(name, f"no TLS that can be trusted with {host}")
-            else:
-                problem = ConnectionFailed(name, f"no connection with {host}, or it broke ({type(exc).__name__})")
-        except httpx.InvalidURL:
-            problem = AddressRefused(name, f"the base URL of {host} is none that can be asked")
-        raise problem
-
-    async def _answer(self, method: str, path: str, body: bytes | None) -> Answer:
-        headers = {
-            **self.rule.headers(self.credential.key or ""),
-            "accept": "application/json",
-            "accept-encoding": "identity",  # or 1 MB may unpack to a thousand
-            **({} if body is None else {"content-type": "application/json"}),
-        }
-        start = perf_counter()
-        async with self._client.stream(
-            method,
-            self.url + path,
-            headers=headers,
-            content=body,
-            auth=None,
-            follow_redirects=False,
-            timeout=self._timeout_s,
-        ) as response:
-            read, problem = bytearray(), None
-            if response.headers.get("content-encoding", "identity").lower() != "identity":
-                problem = "is packed, which was not asked for"
-            else:
-                problem = await _read(response, read)
-            return Answer(
-                status=response.status_code,
-                headers=response.headers.raw,
-                body=bytes(read),
-                problem=problem,
-                latency_ms=round((perf_counter() - start) * 1_000),
-            )
-
-
-async def _read(response: httpx.Response, into: bytearray) -> str | None:
-    """Why the body is not whole: what came before it still tells the limits."""
-    import httpx
-
-    try:
-        async for chunk in response.aiter_raw():
-            into += chunk
-            if len(into) > MAX_BODY:
-                return f"is longer than {MAX_BODY} bytes"
-    except httpx.TimeoutException:
-        raise
-    except httpx.TransportError as exc:
-        return f"broke off ({type(exc).__name__})"
-    return None
-
-
 def _was_asked(problem: ProbeFailed) -> bool | None:
     return False if isinstance(problem, ConnectionFailed | ProbeTimeout) else None
-
-
-def _is_tls(exc: BaseException | None) -> bool:
-    while exc is not None:
-        if isinstance(exc, ssl.SSLError):
-            return True
-        exc = exc.__cause__ or exc.__context__
-    return False
 
 
 def _bare(exc: MeteringError) -> MeteringError:
