@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import logging
 import os
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 from weakref import WeakSet
@@ -18,6 +19,7 @@ import msgspec
 from metering.clock import utc_now
 from metering.errors import (
     ConnectionFailed,
+    InvalidSetting,
     MeteringError,
     NoProviderKey,
     ProbeFailed,
@@ -32,17 +34,18 @@ from metering.providers.registry import PROBE_RULES, limit_rule_named
 from metering.providers.sharing import Shared
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from datetime import datetime
 
     import httpx
 
     from metering.providers.probes import Sample
 
-__all__ = ["Credential", "Memory", "ProviderStatus", "probe", "probe_sync"]
+__all__ = ["Credential", "Memory", "ProviderStatus", "probe", "probe_all", "probe_all_sync", "probe_sync"]
 
 TIMEOUT_S = 8.0
 """For one question: looking the host up, asking, and the whole answer."""
+PARALLEL = 100
 TTL_S = 60.0
 ERROR_TTL_S = 10.0
 
@@ -116,6 +119,54 @@ async def probe(
     return await memory.statuses.get(key, ask, clock, force=force_refresh)
 
 
+async def probe_all(
+    credentials: Iterable[Credential],
+    *,
+    parallel: int = PARALLEL,
+    client: httpx.AsyncClient | None = None,
+    force_refresh: bool = False,
+    timeout_s: float = TIMEOUT_S,
+    clock: Callable[[], datetime] = utc_now,
+    memory: Memory = _MEMORY,
+    on_status: Callable[[ProviderStatus], None] | None = None,
+) -> list[ProviderStatus]:
+    """The status of each credential, in their order; `parallel` of them are asked at a time, on one client.
+
+    `on_status` is called with each as it arrives. Raises `InvalidSetting` for ids that are there twice, since nothing
+    else tells statuses apart, and what `on_status` raises, which ends the probes that are still under way.
+    """
+    asked = list(credentials)
+    for id_, times in Counter(credential.id for credential in asked).items():
+        if times > 1:
+            raise InvalidSetting("credentials", id_, "ids that are there once")
+    if type(parallel) is not int or parallel < 1:
+        raise InvalidSetting("parallel", parallel, "a whole number, 1 or more")
+    turns = asyncio.Semaphore(parallel)
+
+    async def one(credential: Credential) -> ProviderStatus:
+        async with turns:
+            status = await probe(
+                credential,
+                client=shared,
+                force_refresh=force_refresh,
+                timeout_s=timeout_s,
+                clock=clock,
+                memory=memory,
+            )
+        if on_status is not None:
+            on_status(status)
+        return status
+
+    async with client_or_own(client, parallel) as shared:
+        tasks = [asyncio.create_task(one(credential)) for credential in asked]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
 def probe_sync(
     credential: Credential,
     *,
@@ -126,6 +177,30 @@ def probe_sync(
 ) -> ProviderStatus:
     """The same for code without an event loop. Raises RuntimeError in a thread that runs one: await `probe` there."""
     return asyncio.run(probe(credential, force_refresh=force_refresh, timeout_s=timeout_s, clock=clock, memory=memory))
+
+
+def probe_all_sync(
+    credentials: Iterable[Credential],
+    *,
+    parallel: int = PARALLEL,
+    force_refresh: bool = False,
+    timeout_s: float = TIMEOUT_S,
+    clock: Callable[[], datetime] = utc_now,
+    memory: Memory = _MEMORY,
+    on_status: Callable[[ProviderStatus], None] | None = None,
+) -> list[ProviderStatus]:
+    """`probe_all` for code without an event loop, as `probe_sync` is."""
+    return asyncio.run(
+        probe_all(
+            credentials,
+            parallel=parallel,
+            force_refresh=force_refresh,
+            timeout_s=timeout_s,
+            clock=clock,
+            memory=memory,
+            on_status=on_status,
+        )
+    )
 
 
 async def _probed(

@@ -16,7 +16,6 @@ import pytest
 
 import metering
 from metering.errors import (
-    ProbeTimeout,
     UnexpectedAnswer,
 )
 from metering.providers.paying import PaidByProcess
@@ -115,34 +114,6 @@ async def test_when_who_asks_is_cancelled_the_next_one_asks() -> None:
         assert len(server.asked) == 2
         with pytest.raises(asyncio.CancelledError):
             await first
-
-
-@on_a_loop
-async def test_two_hundred_are_probed_together_though_some_never_answer() -> None:
-    # One after another, those that never answer would take six times the deadline of the loop.
-    memory = Memory()
-    with ProbeServer() as server:
-        slow = f"{server.url}/slow"
-        server.replies["GET /slow/v1/models"] = server.slow
-        async with httpx.AsyncClient(limits=httpx.Limits(max_connections=200)) as client:
-            found = await asyncio.gather(
-                *(
-                    probe(
-                        Credential(
-                            id=f"c{number}",
-                            provider="openai",
-                            key=KEY,
-                            base_url=slow if number % 10 == 0 else server.url,
-                        ),
-                        client=client,
-                        memory=memory,
-                        timeout_s=6,
-                    )
-                    for number, url in enumerate([slow, *[server.url] * 9] * 20)
-                )
-            )
-        assert sum(isinstance(status.error, ProbeTimeout) for status in found) == 20
-        assert sum(status.error is None for status in found) == 180
 
 
 def test_what_is_kept_is_bounded(server: ProbeServer, clock: Clock) -> None:
