@@ -10,8 +10,8 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, TypeVar
 from weakref import WeakSet
 
 import msgspec
@@ -34,40 +34,67 @@ from metering.providers.registry import PROBE_RULES, limit_rule_named
 from metering.providers.sharing import Shared
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Awaitable, Callable, Iterable
     from datetime import datetime
 
     import httpx
 
     from metering.providers.probes import Sample
+    from metering.providers.redis_sharing import RedisStatuses
 
 __all__ = ["Credential", "Memory", "ProviderStatus", "probe", "probe_all", "probe_all_sync", "probe_sync"]
 
 TIMEOUT_S = 8.0
 """For one question: looking the host up, asking, and the whole answer."""
+QUESTIONS = 3
+"""So many time-outs a probe may take; then another process no longer waits for it."""
 PARALLEL = 100
 TTL_S = 60.0
 ERROR_TTL_S = 10.0
 
 logger = logging.getLogger("metering")
 
+_T = TypeVar("_T")
+
 
 class Memory:
     """What probes share: statuses for a minute, failed ones for ten seconds, and what was paid for.
 
-    `paid` counts the calls that cost; without one they are counted in this process alone.
+    With `redis_url` (as METERING_QUOTA_URL) statuses are shared with all who use that Redis, which is waited for
+    `redis_timeout_s` at most; end with `aclose` on the event loop that probed. `paid` counts the calls that cost;
+    without one they are counted in this process alone. Raises `InvalidSetting`.
     """
 
-    def __init__(self, *, paid: PaidProbes | None = None) -> None:
-        self.statuses: Shared[ProviderStatus] = Shared(ttl_s=lambda status: ERROR_TTL_S if status.error else TTL_S)
+    def __init__(
+        self, *, redis_url: str | None = None, redis_timeout_s: float = 0.25, paid: PaidProbes | None = None
+    ) -> None:
+        self.statuses: Shared[ProviderStatus] = Shared(ttl_s=_ttl_s)
+        self.elsewhere = None if redis_url is None else _in_redis(redis_url, redis_timeout_s)
         self.paid: PaidProbes = PaidByProcess() if paid is None else paid
         _MEMORIES.add(self)
+
+    async def aclose(self) -> None:
+        """Close the connections that this event loop has to Redis. What is remembered stays."""
+        if self.elsewhere is not None:
+            await self.elsewhere.aclose()
 
     def after_fork(self) -> None:
         """In a child nobody asks yet, and no lock is held."""
         self.statuses.after_fork()
         if isinstance(self.paid, PaidByProcess):
             self.paid.after_fork()
+
+
+def _ttl_s(status: ProviderStatus) -> float:
+    return ERROR_TTL_S if status.error else TTL_S
+
+
+def _in_redis(url: str, timeout_s: float) -> RedisStatuses:
+    try:
+        from metering.providers.redis_sharing import RedisStatuses
+    except ImportError as exc:
+        raise InvalidSetting("METERING_QUOTA_URL", "a Redis URL", "pip install 'tallystick[redis]'") from exc
+    return RedisStatuses(url, ttl_s=_ttl_s, timeout_s=timeout_s)
 
 
 _MEMORIES: WeakSet[Memory] = WeakSet()
@@ -101,8 +128,7 @@ async def probe(
     Whatever goes wrong with the provider is the status's `error`, and not raised: `UnknownProvider`, or one of
     `ProbeFailed`. Raises ImportError without httpx.
     """
-    digest = hashlib.sha256((credential.key or "").encode()).digest()
-    key = (credential.id, credential.provider, credential.base_url, digest)
+    name = _name(credential)
 
     async def ask() -> ProviderStatus:
         status = await _probed(credential, client, timeout_s, clock, memory)
@@ -116,7 +142,12 @@ async def probe(
         )
         return status
 
-    return await memory.statuses.get(key, ask, clock, force=force_refresh)
+    async def ask_or_learn() -> tuple[ProviderStatus, float]:
+        if memory.elsewhere is None:
+            return await ask(), 0.0
+        return await memory.elsewhere.get(name, ask, force=force_refresh, lease_s=QUESTIONS * timeout_s)
+
+    return await memory.statuses.get(name, ask_or_learn, clock, force=force_refresh)
 
 
 async def probe_all(
@@ -176,7 +207,8 @@ def probe_sync(
     memory: Memory = _MEMORY,
 ) -> ProviderStatus:
     """The same for code without an event loop. Raises RuntimeError in a thread that runs one: await `probe` there."""
-    return asyncio.run(probe(credential, force_refresh=force_refresh, timeout_s=timeout_s, clock=clock, memory=memory))
+    asked = probe(credential, force_refresh=force_refresh, timeout_s=timeout_s, clock=clock, memory=memory)
+    return asyncio.run(_then_close(asked, memory))
 
 
 def probe_all_sync(
@@ -190,17 +222,29 @@ def probe_all_sync(
     on_status: Callable[[ProviderStatus], None] | None = None,
 ) -> list[ProviderStatus]:
     """`probe_all` for code without an event loop, as `probe_sync` is."""
-    return asyncio.run(
-        probe_all(
-            credentials,
-            parallel=parallel,
-            force_refresh=force_refresh,
-            timeout_s=timeout_s,
-            clock=clock,
-            memory=memory,
-            on_status=on_status,
-        )
+    asked = probe_all(
+        credentials,
+        parallel=parallel,
+        force_refresh=force_refresh,
+        timeout_s=timeout_s,
+        clock=clock,
+        memory=memory,
+        on_status=on_status,
     )
+    return asyncio.run(_then_close(asked, memory))
+
+
+async def _then_close(asked: Awaitable[_T], memory: Memory) -> _T:
+    try:
+        return await asked
+    finally:
+        await memory.aclose()
+
+
+def _name(credential: Credential) -> str:
+    """A digest of whatever makes a difference to the status."""
+    said = {**asdict(credential), "key": hashlib.sha256((credential.key or "").encode()).hexdigest()}
+    return hashlib.sha256(msgspec.json.encode(said)).hexdigest()
 
 
 async def _probed(

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future
+from datetime import timedelta
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
@@ -31,15 +32,22 @@ class Shared(Generic[_T]):
     def after_fork(self) -> None:
         """Forget who asks, and who holds the lock: in a child they are not there."""
         self._lock = threading.Lock()
-        self._flights: dict[Hashable, Future[_T | None]] = {}
+        self._flights: dict[Hashable, Future[tuple[datetime, _T] | None]] = {}
 
     async def get(
-        self, key: Hashable, ask: Callable[[], Awaitable[_T]], clock: Callable[[], datetime], *, force: bool = False
+        self,
+        key: Hashable,
+        ask: Callable[[], Awaitable[tuple[_T, float]]],
+        clock: Callable[[], datetime],
+        *,
+        force: bool = False,
     ) -> _T:
-        """The answer that is kept; else the one somebody is asking for; else `ask`. `force` looks at none that is kept.
+        """The answer that is kept; else the one somebody is asking for; else `ask`'s, which has an age in seconds.
 
-        Whoever asks may be cancelled, or meet an exception: then the next one who waits asks.
+        `force` takes none that was found before this call. Whoever asks may be cancelled, or meet an exception: then
+        the next one who waits asks.
         """
+        began = clock()
         while True:
             with self._lock:
                 kept = None if force else self._kept.get(key)
@@ -50,18 +58,19 @@ class Shared(Generic[_T]):
                     flight = self._flights[key] = Future()
                     flight.set_running_or_notify_cancel()  # so that who waits can be cancelled, and it cannot
                     break
-            answer = await asyncio.wrap_future(under_way)
-            if answer is not None:
-                return answer
-        found: _T | None = None
+            awaited = await asyncio.wrap_future(under_way)
+            if awaited is not None and not (force and awaited[0] < began):
+                return awaited[1]
+        found: tuple[datetime, _T] | None = None
         try:
-            found = await ask()
-            return found
+            answer, age_s = await ask()
+            found = clock() - timedelta(seconds=age_s), answer
+            return answer
         finally:
             with self._lock:
                 self._flights.pop(key, None)
                 if found is not None:
-                    self._kept[key] = (clock(), found)
+                    self._kept[key] = found
                     self._kept.move_to_end(key)
                     if len(self._kept) > self._max_kept:
                         self._kept.popitem(last=False)

@@ -15,11 +15,11 @@ import httpx
 import pytest
 
 import metering
-from metering.errors import (
-    UnexpectedAnswer,
-)
+from metering.clock import utc_now
+from metering.errors import UnexpectedAnswer
 from metering.providers.paying import PaidByProcess
 from metering.providers.probing import Credential, Memory, ProviderStatus, _after_fork, probe, probe_sync
+from metering.providers.sharing import Shared
 from tests.metering.loops import on_a_loop, until
 from tests.metering.providers.probe_server import KEY, MODELS, ProbeServer, reply
 
@@ -114,6 +114,31 @@ async def test_when_who_asks_is_cancelled_the_next_one_asks() -> None:
         assert len(server.asked) == 2
         with pytest.raises(asyncio.CancelledError):
             await first
+
+
+@on_a_loop
+async def test_who_forces_takes_none_that_somebody_learnt_of_and_did_not_ask_for() -> None:
+    shared: Shared[str] = Shared(ttl_s=lambda _: 60)
+    gates, asked = {"old": asyncio.Event(), "new": asyncio.Event()}, []
+
+    async def ask(found: str, age_s: float) -> tuple[str, float]:
+        asked.append(found)
+        await gates[found].wait()
+        return found, age_s
+
+    async def get(found: str, age_s: float, *, force: bool) -> str:
+        return await shared.get("key", lambda: ask(found, age_s), utc_now, force=force)
+
+    first = asyncio.create_task(get("old", 30, force=False))
+    await until(lambda: asked == ["old"])
+    others = [asyncio.create_task(get("new", 0, force=force)) for force in (True, True, False)]
+    await asyncio.sleep(0)
+    gates["old"].set()
+    assert (await first, await others[2]) == ("old", "old")
+    await until(lambda: asked == ["old", "new"])
+    gates["new"].set()
+    assert await asyncio.gather(*others) == ["new", "new", "old"]
+    assert asked == ["old", "new"]
 
 
 def test_what_is_kept_is_bounded(server: ProbeServer, clock: Clock) -> None:
