@@ -7,6 +7,7 @@ import random
 import ssl
 from contextlib import asynccontextmanager
 from functools import cache
+from http import HTTPStatus
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -117,7 +118,7 @@ class Conversation:
             attempt += 1
             try:
                 answer = await self._answer("GET", path, None)
-                if answer.status not in PASSING:
+                if answer.status not in PASSING and not (answer.broke_off and answer.status == HTTPStatus.OK):
                     return answer
                 passing.append(answer)
                 pause = pause_s(
@@ -132,9 +133,13 @@ class Conversation:
             await asyncio.sleep(pause)
 
     def _retry_after_s(self, answer: Answer) -> float | None:
+        if answer.status not in PASSING:
+            return None  # it comes with a 200 as a matter of course
         return parse_limits(self._provider, answer.headers, now=self._clock(), status=answer.status).retry_after_s
 
     async def _answer(self, method: str, path: str, body: bytes | None) -> Answer:
+        import httpx
+
         headers = {
             **self.rule.headers(self.credential.key or ""),
             "accept": "application/json",
@@ -151,16 +156,21 @@ class Conversation:
             follow_redirects=False,
             timeout=self._timeout_s,
         ) as response:
-            read, problem = bytearray(), None
+            read, problem, broke_off = bytearray(), None, False
             if response.headers.get("content-encoding", "identity").lower() != "identity":
                 problem = "is packed, which was not asked for"
             else:
-                problem = await _read(response, read)
+                try:
+                    problem = await _read(response, read)
+                except (httpx.NetworkError, httpx.RemoteProtocolError) as exc:
+                    # What came before it still tells the limits.
+                    problem, broke_off = f"broke off ({type(exc).__name__})", True
             return Answer(
                 status=response.status_code,
                 headers=response.headers.raw,
                 body=bytes(read),
                 problem=problem,
+                broke_off=broke_off,
                 latency_ms=round((perf_counter() - start) * 1_000),
             )
 
@@ -172,18 +182,11 @@ def _left_s(within: asyncio.Timeout) -> float:
 
 
 async def _read(response: httpx.Response, into: bytearray) -> str | None:
-    """Why the body is not whole: what came before it still tells the limits."""
-    import httpx
-
-    try:
-        async for chunk in response.aiter_raw():
-            into += chunk
-            if len(into) > MAX_BODY:
-                return f"is longer than {MAX_BODY} bytes"
-    except httpx.TimeoutException:
-        raise
-    except httpx.TransportError as exc:
-        return f"broke off ({type(exc).__name__})"
+    """Why the body is not read to its end."""
+    async for chunk in response.aiter_raw():
+        into += chunk
+        if len(into) > MAX_BODY:
+            return f"is longer than {MAX_BODY} bytes"
     return None
 
 

@@ -17,6 +17,7 @@ import pytest
 import metering
 from metering.clock import utc_now
 from metering.errors import UnexpectedAnswer
+from metering.providers import conversation
 from metering.providers.paying import PaidByProcess
 from metering.providers.probing import Credential, Memory, ProviderStatus, _after_fork, probe, probe_sync
 from metering.providers.sharing import Shared
@@ -158,6 +159,17 @@ def test_a_clients_own_login_and_redirects_do_not_count(server: ProbeServer) -> 
     server.replies[MODELS["openai"]] = reply(b"", {"location": "/elsewhere"}, status=302)
     assert isinstance(asyncio.run(ask()).error, UnexpectedAnswer)
     assert server.headers[0]["authorization"] == f"Bearer {KEY}"
+
+
+def test_the_authorities_are_read_once(
+    ask: Callable[..., ProviderStatus], server: ProbeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, real = [], httpx.create_ssl_context
+    monkeypatch.setattr(httpx, "create_ssl_context", lambda: made.append(real()) or made[-1])
+    conversation._trusted.cache_clear()
+    for _ in range(3):
+        assert ask(force_refresh=True).error is None
+    assert len(made) == 1
 
 
 def test_nothing_of_it_is_loaded_before_it_is_asked_for() -> None:

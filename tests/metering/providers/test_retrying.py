@@ -72,6 +72,17 @@ def test_a_connection_that_breaks_is_made_again(ask: Callable[..., ProviderStatu
     assert server.asked == [GET] * 6
 
 
+def test_a_body_that_broke_off_is_asked_for_again(ask: Callable[..., ProviderStatus], server: ProbeServer) -> None:
+    cut = reply(b'{"data": [', {**answers.OPENAI, "retry-after": "43"}, length=1_000)
+    server.replies[GET] = in_turn(cut, WHOLE)
+    found = ask()
+    assert (found.error, len(found.models), server.asked) == (None, 4, [GET] * 2)
+    server.replies[GET] = in_turn(cut, broken)
+    found = ask(force_refresh=True)
+    assert isinstance(found.error, UnexpectedAnswer)
+    assert (set(found.windows), server.asked) == ({"requests", "tokens"}, [GET] * 5)
+
+
 def test_an_answer_counts_more_than_what_came_after_it(ask: Callable[..., ProviderStatus], server: ProbeServer) -> None:
     busy = reply(b"", answers.OPENAI, status=503)
     for then in (broken, server.silent):
@@ -81,11 +92,12 @@ def test_an_answer_counts_more_than_what_came_after_it(ask: Callable[..., Provid
         assert (found.error.status, found.reachable, set(found.windows)) == (503, True, {"requests", "tokens"})
 
 
+@pytest.mark.parametrize("length", [None, 1_000])
 @pytest.mark.parametrize(("status", "kind"), [(500, UnexpectedAnswer), (529, UnexpectedAnswer), (429, ProviderLimited)])
-def test_other_answers_are_answers(
-    ask: Callable[..., ProviderStatus], server: ProbeServer, status: int, kind: type
+def test_other_answers_are_answers_though_they_break_off(
+    ask: Callable[..., ProviderStatus], server: ProbeServer, status: int, kind: type, length: int | None
 ) -> None:
-    server.replies[GET] = reply(b"", {"retry-after": "0"}, status=status)
+    server.replies[GET] = reply(b"{", {"retry-after": "0"}, status=status, length=length)
     assert type(ask().error) is kind
     assert server.asked == [GET]
 
