@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import socket
+import threading
+from concurrent.futures import Future
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from urllib.parse import urlsplit
 
@@ -15,6 +18,10 @@ __all__ = ["check_address", "check_url"]
 HOST = re.compile(r"[a-z0-9._-]{1,253}|[0-9a-f:.]{2,45}(?:%[a-z0-9]+)?")
 """A name, or an address of IPv6."""
 PORTS = {"https": 443, "http": 80}
+
+_LOOK_UPS: dict[tuple[str, int], Future[set[str]]] = {}
+"""Those under way."""
+os.register_at_fork(after_in_child=_LOOK_UPS.clear)
 
 
 def check_url(provider: str, url: str, allowed_hosts: tuple[str, ...]) -> tuple[str, int]:
@@ -40,16 +47,43 @@ async def check_address(provider: str, host: str, port: int, allowed_hosts: tupl
     """
     if host in allowed_hosts:
         return
-    try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (socket.gaierror, UnicodeError):
-        raise HostNotFound(provider, f"{host} has no address") from None
+    found = await asyncio.wrap_future(_look_up(host, port))
     if not found:
         raise HostNotFound(provider, f"{host} has no address")
-    for address in {str(each[4][0]) for each in found}:
+    for address in found:
         ip = _plain(address)
         if not (ip.is_loopback if _is_loopback(host) else ip.is_global and not ip.is_multicast):
             raise AddressRefused(provider, f"{host} is at {ip}, which is not public, and not in allowed_hosts")
+
+
+def _look_up(host: str, port: int) -> Future[set[str]]:
+    """The addresses of a host, none where it has none.
+
+    A look-up cannot be given up, and a resolver that does not answer is asked for half a minute. So each has a thread
+    of its own, that neither the loop's end nor the process's waits for: in the loop's own few threads such hosts would
+    keep all others waiting. One look-up serves all who ask for a host meanwhile, so there are no more than hosts.
+    """
+    mine: Future[set[str]] = Future()
+    mine.set_running_or_notify_cancel()  # so that one who waits can be cancelled without the others
+    under_way = _LOOK_UPS.setdefault((host, port), mine)
+    if under_way is mine:
+
+        def run() -> None:
+            found: set[str] = set()
+            try:
+                found = {str(each[4][0]) for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+            except (OSError, UnicodeError):
+                pass
+            finally:
+                _LOOK_UPS.pop((host, port), None)
+                mine.set_result(found)
+
+        try:
+            threading.Thread(target=run, name=f"look-up of {host}", daemon=True).start()
+        except RuntimeError as exc:  # no more threads
+            _LOOK_UPS.pop((host, port), None)
+            mine.set_exception(exc)
+    return under_way
 
 
 def _is_loopback(host: str) -> bool:

@@ -30,6 +30,8 @@ class Answer:
     body: bytes
     problem: str | None
     """Why the body is not whole."""
+    broke_off: bool = False
+    """Whether that is for the connection."""
     latency_ms: int
 
 

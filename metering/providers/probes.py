@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping  # noqa: TC003  msgspec reads the annotations of a status
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from metering.errors import InvalidSetting
+import msgspec
+
+from metering import errors
+from metering.errors import InvalidSetting, MeteringError, ProbeFailed, UnknownProvider
 from metering.events import MAX_NAME
+from metering.providers.limits import LimitWindow  # noqa: TC001  as above
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from datetime import datetime
-
-    from metering.errors import MeteringError
-    from metering.providers.limits import LimitWindow
+    from collections.abc import Callable, Sequence
 
 __all__ = ["Credential", "ProbeRule", "ProviderStatus", "Sample", "model_names"]
 
@@ -75,15 +78,17 @@ class ProviderStatus:
     sample_output_tokens: int | None = None
     sample_latency_ms: int | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON has it: times as text, the error as its type and message, at most 20 models beside their count."""
-        error = self.error
+    def to_dict(self, *, models: int = MODELS_SHOWN) -> dict[str, Any]:
+        """As JSON has it: times as text, the error as type, message and HTTP status, some models and the count of all.
+
+        `models` is how many at most; `MAX_MODELS` of them are all there can be, and then `from_dict` is the inverse.
+        """
         return {
             "provider": self.provider,
             "account_key": self.account_key,
             "checked_at": self.checked_at.isoformat(),
             "reachable": self.reachable,
-            "error": None if error is None else {"type": type(error).__name__, "message": str(error)},
+            "error": None if self.error is None else _error_dict(self.error),
             "windows": {
                 name: {**asdict(window), "reset_at": window.reset_at and window.reset_at.isoformat()}
                 for name, window in self.windows.items()
@@ -92,13 +97,43 @@ class ProviderStatus:
             "rate_limited": self.rate_limited,
             "waiting_helps": self.waiting_helps,
             "warnings": list(self.warnings),
-            "models": list(self.models[:MODELS_SHOWN]),
+            "models": list(self.models[:models]),
             "model_count": len(self.models),
             "sample_model": self.sample_model,
             "sample_input_tokens": self.sample_input_tokens,
             "sample_output_tokens": self.sample_output_tokens,
             "sample_latency_ms": self.sample_latency_ms,
         }
+
+    @classmethod
+    def from_dict(cls, said: Mapping[str, Any]) -> ProviderStatus:
+        """What `to_dict` made, with the models that it kept. Raises `ValueError` for anything else."""
+        status = msgspec.convert(said, cls, dec_hook=partial(_error_from, said.get("provider")))
+        moments = [status.checked_at, *(window.reset_at for window in status.windows.values())]
+        if any(moment is not None and moment.utcoffset() != timedelta(0) for moment in moments):
+            raise ValueError("times in UTC")
+        return status
+
+
+def _error_dict(error: MeteringError) -> dict[str, Any]:
+    return {"type": type(error).__name__, "message": str(error), "status": getattr(error, "status", None)}
+
+
+def _error_from(provider: object, _: type, said: Any) -> MeteringError:
+    """Raises `ValueError` for what is no error of a status."""
+    named = msgspec.convert(said, _Error)
+    kind = getattr(errors, named.type, None)
+    if kind is UnknownProvider:
+        return UnknownProvider(provider, named.message.rpartition("; known: ")[2].split(", "))
+    if isinstance(kind, type) and issubclass(kind, ProbeFailed) and isinstance(provider, str):
+        return kind(provider, named.message.removeprefix(f"{provider}: "), status=named.status)
+    raise ValueError("an error of a probe")
+
+
+class _Error(msgspec.Struct):
+    type: str
+    message: str
+    status: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

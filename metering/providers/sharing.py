@@ -6,13 +6,14 @@ import asyncio
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future
+from datetime import timedelta
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Hashable
-    from datetime import date, datetime
+    from datetime import datetime
 
-__all__ = ["MAX_KEPT", "DailyCounts", "Shared"]
+__all__ = ["MAX_KEPT", "Shared"]
 
 MAX_KEPT = 1_024
 
@@ -31,15 +32,22 @@ class Shared(Generic[_T]):
     def after_fork(self) -> None:
         """Forget who asks, and who holds the lock: in a child they are not there."""
         self._lock = threading.Lock()
-        self._flights: dict[Hashable, Future[_T | None]] = {}
+        self._flights: dict[Hashable, Future[tuple[datetime, _T] | None]] = {}
 
     async def get(
-        self, key: Hashable, ask: Callable[[], Awaitable[_T]], clock: Callable[[], datetime], *, force: bool = False
+        self,
+        key: Hashable,
+        ask: Callable[[], Awaitable[tuple[_T, float]]],
+        clock: Callable[[], datetime],
+        *,
+        force: bool = False,
     ) -> _T:
-        """The answer that is kept; else the one somebody is asking for; else `ask`. `force` looks at none that is kept.
+        """The answer that is kept; else the one somebody is asking for; else `ask`'s, which has an age in seconds.
 
-        Whoever asks may be cancelled, or meet an exception: then the next one who waits asks.
+        `force` takes none that was found before this call. Whoever asks may be cancelled, or meet an exception: then
+        the next one who waits asks.
         """
+        began = clock()
         while True:
             with self._lock:
                 kept = None if force else self._kept.get(key)
@@ -50,44 +58,20 @@ class Shared(Generic[_T]):
                     flight = self._flights[key] = Future()
                     flight.set_running_or_notify_cancel()  # so that who waits can be cancelled, and it cannot
                     break
-            answer = await asyncio.wrap_future(under_way)
-            if answer is not None:
-                return answer
-        found: _T | None = None
+            awaited = await asyncio.wrap_future(under_way)
+            if awaited is not None and not (force and awaited[0] < began):
+                return awaited[1]
+        found: tuple[datetime, _T] | None = None
         try:
-            found = await ask()
-            return found
+            answer, age_s = await ask()
+            found = clock() - timedelta(seconds=age_s), answer
+            return answer
         finally:
             with self._lock:
                 self._flights.pop(key, None)
                 if found is not None:
-                    self._kept[key] = (clock(), found)
+                    self._kept[key] = found
                     self._kept.move_to_end(key)
                     if len(self._kept) > self._max_kept:
                         self._kept.popitem(last=False)
             flight.set_result(found)
-
-
-class DailyCounts:
-    """How often something was done on a UTC day, in this process."""
-
-    def __init__(self, *, max_kept: int = MAX_KEPT) -> None:
-        self._max_kept = max_kept
-        self._day: date | None = None
-        self._counts: dict[Hashable, int] = {}
-        self.after_fork()
-
-    def after_fork(self) -> None:
-        """Forget who holds the lock."""
-        self._lock = threading.Lock()
-
-    def take(self, key: Hashable, day: date, most: int) -> bool:
-        """Whether it may be done once more, which counts it. Not for more keys a day than are kept."""
-        with self._lock:
-            if self._day is None or day > self._day:
-                self._day, self._counts = day, {}
-            count = self._counts.get(key, 0)
-            if count >= most or (key not in self._counts and len(self._counts) >= self._max_kept):
-                return False
-            self._counts[key] = count + 1
-            return True

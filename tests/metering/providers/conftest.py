@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from metering.providers import conversation
 from metering.providers.probing import Credential, Memory, ProviderStatus, probe_sync
 from tests.metering.providers.probe_server import (
     KEY,
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from tests.conftest import Clock
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is waited for before another attempt."""
+    monkeypatch.setattr(conversation, "_drawn", lambda: 0.0)
 
 
 @pytest.fixture

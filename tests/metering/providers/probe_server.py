@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
@@ -58,6 +58,20 @@ def reply(body: Any = b"", headers: Pairs = (), *, status: int = 200, length: in
     return answer
 
 
+def in_turn(*replies: Reply) -> Reply:
+    """Answer the first question by the first one, and so on; whatever comes after them by the last one."""
+    left = list(replies)
+
+    def answer(handler: _Handler) -> None:
+        (left.pop(0) if len(left) > 1 else left[0])(handler)
+
+    return answer
+
+
+def broken(handler: _Handler) -> None:
+    """Hang up without a word."""
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: ProbeServer
 
@@ -99,6 +113,10 @@ class ProbeServer(ThreadingHTTPServer):
         """Of each POST."""
         self.ended = threading.Event()
         """Slow answers end with it."""
+        self.open = {"any": 0, "silent": 0}
+        self.most_open = dict(self.open)
+        """How many questions were open at the same time, and how many of these were never answered."""
+        self._lock = threading.Lock()
 
     def slow(self, handler: _Handler) -> None:
         """Begin an answer, and go on when the server ends."""
@@ -108,6 +126,22 @@ class ProbeServer(ThreadingHTTPServer):
         handler.wfile.write(b'{"data": [')
         self.ended.wait()
 
+    def silent(self, handler: _Handler) -> None:
+        """Say nothing until the asker hangs up."""
+        with self._counted("silent"):
+            handler.connection.recv(1)
+
+    @contextmanager
+    def _counted(self, what: str) -> Iterator[None]:
+        with self._lock:
+            self.open[what] += 1
+            self.most_open[what] = max(self.most_open[what], self.open[what])
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.open[what] -= 1
+
     def answer(self, handler: _Handler) -> None:
         self.headers.append({name.lower(): value for name, value in handler.headers.items()})
         body = handler.rfile.read(int(handler.headers.get("content-length") or 0))
@@ -115,7 +149,8 @@ class ProbeServer(ThreadingHTTPServer):
             self.bodies.append(json.loads(body))
         asked = f"{handler.command} {handler.path}"
         self.asked.append(asked)
-        self.replies[asked](handler)
+        with self._counted("any"):
+            self.replies[asked](handler)
 
     def __enter__(self) -> Self:
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()

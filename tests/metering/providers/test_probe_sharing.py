@@ -8,7 +8,6 @@ import sys
 import threading
 from concurrent.futures import Future
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +15,12 @@ import httpx
 import pytest
 
 import metering
-from metering.errors import (
-    ProbeTimeout,
-    UnexpectedAnswer,
-)
-from metering.providers.probing import Credential, Memory, ProviderStatus, probe, probe_sync
+from metering.clock import utc_now
+from metering.errors import UnexpectedAnswer
+from metering.providers import conversation
+from metering.providers.paying import PaidByProcess
+from metering.providers.probing import Credential, Memory, ProviderStatus, _after_fork, probe, probe_sync
+from metering.providers.sharing import Shared
 from tests.metering.loops import on_a_loop, until
 from tests.metering.providers.probe_server import KEY, MODELS, ProbeServer, reply
 
@@ -118,31 +118,28 @@ async def test_when_who_asks_is_cancelled_the_next_one_asks() -> None:
 
 
 @on_a_loop
-async def test_two_hundred_are_probed_together_though_some_never_answer() -> None:
-    # One after another, those that never answer would take six times the deadline of the loop.
-    memory = Memory()
-    with ProbeServer() as server:
-        slow = f"{server.url}/slow"
-        server.replies["GET /slow/v1/models"] = server.slow
-        async with httpx.AsyncClient(limits=httpx.Limits(max_connections=200)) as client:
-            found = await asyncio.gather(
-                *(
-                    probe(
-                        Credential(
-                            id=f"c{number}",
-                            provider="openai",
-                            key=KEY,
-                            base_url=slow if number % 10 == 0 else server.url,
-                        ),
-                        client=client,
-                        memory=memory,
-                        timeout_s=6,
-                    )
-                    for number, url in enumerate([slow, *[server.url] * 9] * 20)
-                )
-            )
-        assert sum(isinstance(status.error, ProbeTimeout) for status in found) == 20
-        assert sum(status.error is None for status in found) == 180
+async def test_who_forces_takes_none_that_somebody_learnt_of_and_did_not_ask_for() -> None:
+    shared: Shared[str] = Shared(ttl_s=lambda _: 60)
+    gates, asked = {"old": asyncio.Event(), "new": asyncio.Event()}, []
+
+    async def ask(found: str, age_s: float) -> tuple[str, float]:
+        asked.append(found)
+        await gates[found].wait()
+        return found, age_s
+
+    async def get(found: str, age_s: float, *, force: bool) -> str:
+        return await shared.get("key", lambda: ask(found, age_s), utc_now, force=force)
+
+    first = asyncio.create_task(get("old", 30, force=False))
+    await until(lambda: asked == ["old"])
+    others = [asyncio.create_task(get("new", 0, force=force)) for force in (True, True, False)]
+    await asyncio.sleep(0)
+    gates["old"].set()
+    assert (await first, await others[2]) == ("old", "old")
+    await until(lambda: asked == ["old", "new"])
+    gates["new"].set()
+    assert await asyncio.gather(*others) == ["new", "new", "old"]
+    assert asked == ["old", "new"]
 
 
 def test_what_is_kept_is_bounded(server: ProbeServer, clock: Clock) -> None:
@@ -151,7 +148,6 @@ def test_what_is_kept_is_bounded(server: ProbeServer, clock: Clock) -> None:
     for number in range(1_030):
         probe_sync(replace(credential, id=f"c{number}"), memory=memory, clock=clock)
     assert len(memory.statuses._kept) == 1_024
-    assert [memory.paid.take(number, clock().date(), 1) for number in range(1_030)].count(True) == 1_024
 
 
 def test_a_clients_own_login_and_redirects_do_not_count(server: ProbeServer) -> None:
@@ -163,6 +159,17 @@ def test_a_clients_own_login_and_redirects_do_not_count(server: ProbeServer) -> 
     server.replies[MODELS["openai"]] = reply(b"", {"location": "/elsewhere"}, status=302)
     assert isinstance(asyncio.run(ask()).error, UnexpectedAnswer)
     assert server.headers[0]["authorization"] == f"Bearer {KEY}"
+
+
+def test_the_authorities_are_read_once(
+    ask: Callable[..., ProviderStatus], server: ProbeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, real = [], httpx.create_ssl_context
+    monkeypatch.setattr(httpx, "create_ssl_context", lambda: made.append(real()) or made[-1])
+    conversation._trusted.cache_clear()
+    for _ in range(3):
+        assert ask(force_refresh=True).error is None
+    assert len(made) == 1
 
 
 def test_nothing_of_it_is_loaded_before_it_is_asked_for() -> None:
@@ -183,9 +190,10 @@ def test_in_a_forked_child_nobody_is_waited_for(server: ProbeServer) -> None:
     memory = Memory()
     memory.statuses._flights["key"] = Future()
     memory.statuses._lock.acquire()
+    assert isinstance(memory.paid, PaidByProcess)
     memory.paid._lock.acquire()
-    memory.after_fork()
+    _after_fork()
     credential = Credential(id="acme", provider="openai", key=KEY, base_url=server.url)
     assert probe_sync(credential, memory=memory, timeout_s=20).error is None
     assert memory.statuses._flights == {}
-    assert memory.paid.take("acme", date(2026, 3, 12), 1)
+    assert memory.paid._lock.acquire(blocking=False)

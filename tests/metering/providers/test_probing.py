@@ -391,6 +391,7 @@ def test_at_most_twenty_models_are_shown(ask: Callable[..., ProviderStatus], ser
     assert ask(force_refresh=True).to_dict()["error"] == {
         "type": "UnexpectedAnswer",
         "message": "openai: answered 500",
+        "status": 500,
     }
 
 
