@@ -150,4 +150,6 @@ ANTHROPIC_PROBE = ProbeRule(
     models_path="/v1/models?limit=1000",
     models_in=("data", "id"),
     sample=_sample,
+    key_variable="ANTHROPIC_API_KEY",
+    url_variable="ANTHROPIC_BASE_URL",
 )

@@ -156,4 +156,6 @@ OPENAI_PROBE = ProbeRule(
     models_path="/v1/models",
     models_in=("data", "id"),
     sample=_sample,
+    key_variable="OPENAI_API_KEY",
+    url_variable="OPENAI_BASE_URL",
 )

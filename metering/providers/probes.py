@@ -159,6 +159,10 @@ class ProbeRule:
     sample: Callable[[Sequence[str]], Sample | None]
     """The call that costs least, of those that the listed models allow."""
     needs_key: bool = True
+    key_variable: str | None = None
+    """The environment variable in which the provider's own SDK looks for the key."""
+    url_variable: str | None = None
+    """The one in which it looks for the base URL; Ollama's may leave out scheme and port."""
     latency_ns: str | None = None
     """Where the sample's answer says how long it took."""
 
