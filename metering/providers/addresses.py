@@ -26,6 +26,8 @@ os.register_at_fork(after_in_child=_LOOK_UPS.clear)
 
 def check_url(provider: str, url: str, allowed_hosts: tuple[str, ...]) -> tuple[str, int]:
     """Host and port of a base URL that may be asked. Raises `AddressRefused`, which shows no more than the host."""
+    if not url:
+        raise AddressRefused(provider, "no base URL is configured, and every account has its own")
     try:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port or PORTS.get(parts.scheme, 0)

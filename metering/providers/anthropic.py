@@ -1,13 +1,16 @@
 """Anthropic: an organization's reports, and the rate limits that its answers carry.
 
-Reports (https://platform.claude.com/docs/en/build-with-claude/usage-cost-api):
-`uncached_input_tokens` is without what was read from and written to a cache. Amounts are decimal texts in cents:
-"123.45" is 1.2345 USD. Costs of the priority tier are not in the cost report. Buckets without usage are there, with no
-results.
+Reports (https://platform.claude.com/docs/en/build-with-claude/usage-cost-api): `uncached_input_tokens` is without what
+was read from and written to a cache. Amounts are decimal texts in cents: "123.45" is 1.2345 USD. Costs of the priority
+tier are not in the cost report. Buckets without usage are there, with no results.
 
 Limits (https://platform.claude.com/docs/en/api/rate-limits): resets are RFC 3339, those of a subscription's windows
 (`unified_5h`, with what is used instead of counts) seconds since 1970. `tokens` is input and output together. The
 priority tier's headers have no "ratelimit" in their names.
+
+An admin key may ask for the organization's limits (https://platform.claude.com/docs/en/manage-claude/rate-limits-api),
+without what remains: of each group of models that share one, named by the first of them, such as
+`requests_minute/claude-opus-5`, and of what else is limited (`requests_minute/batch`).
 """
 
 from __future__ import annotations
@@ -15,10 +18,11 @@ from __future__ import annotations
 import re
 from datetime import UTC, date, datetime
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from metering.providers.header_values import epoch, instant
-from metering.providers.limits import LimitRule
+from metering.providers.limit_bodies import objects, said
+from metering.providers.limits import BodySays, LimitRule
 from metering.providers.probes import ProbeRule, Sample
 from metering.providers.reports import (
     DAYS_PER_PAGE,
@@ -34,7 +38,7 @@ from metering.providers.reports import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 __all__ = ["ANTHROPIC", "ANTHROPIC_LIMITS", "ANTHROPIC_PROBE"]
 
@@ -119,8 +123,23 @@ ANTHROPIC = Provider(
 )
 
 
-def _reset(text: str, _now: datetime) -> datetime:
+def _reset(text: str, _now: datetime, _parts: Mapping[str, str]) -> datetime:
     return epoch(text) if text[:10].isdigit() else instant(text)
+
+
+def _organization_limits(body: Mapping[str, Any]) -> BodySays:
+    windows = {}
+    for place, group in objects(body, "data"):
+        if group.get("type") != "rate_limit":
+            continue
+        models = group.get("models")
+        what = models[0] if isinstance(models, list) and models else group.get("group_type")
+        for limit_place, limit in objects(group, "limits", place=f"{place}."):
+            kind = limit.get("type")
+            if isinstance(kind, str) and isinstance(what, str):
+                window = kind.replace("_per_", "_")
+                windows[f"{window}/{what}"] = said(limit, limit_place, limit="value")
+    return BodySays(windows=windows)
 
 
 ANTHROPIC_LIMITS = LimitRule(
@@ -130,6 +149,7 @@ ANTHROPIC_LIMITS = LimitRule(
     header=re.compile(
         r"anthropic-(?:ratelimit-|(?=priority-))(?P<window>[a-z0-9-]+)-(?P<part>limit|remaining|reset|utilization)"
     ),
+    body=_organization_limits,
     reset=_reset,
     refusals={"rate_limit_error": True},
 )
@@ -150,4 +170,7 @@ ANTHROPIC_PROBE = ProbeRule(
     models_path="/v1/models?limit=1000",
     models_in=("data", "id"),
     sample=_sample,
+    key_variable="ANTHROPIC_API_KEY",
+    url_variable="ANTHROPIC_BASE_URL",
+    admin_path="/v1/organizations/rate_limits",
 )

@@ -16,6 +16,7 @@ from metering.errors import AddressRefused, ConnectionFailed, ProbeFailed, Probe
 from metering.providers.addresses import check_address, check_url
 from metering.providers.observing import parse_limits
 from metering.providers.probe_answers import Answer
+from metering.providers.probes import url_of
 from metering.providers.retrying import PASSING, pause_s
 
 if TYPE_CHECKING:
@@ -80,9 +81,14 @@ class Conversation:
         self._timeout_s = timeout_s
         self._clock = clock
 
-    async def ask(self, method: str, path: str, body: bytes | None = None) -> Answer:
-        """One answer, of any status; to a GET the last of a few, in the same time. Raises `ProbeFailed`."""
+    async def ask(self, method: str, path: str, body: bytes | None = None, *, key: str | None = None) -> Answer:
+        """One answer, of any status; to a GET the last of a few, in the same time. Raises `ProbeFailed`.
+
+        `key` is another one than the credential's.
+        """
         import httpx
+
+        key = self.credential.key or "" if key is None else key
 
         name = self._provider
         allowed = self.credential.allowed_hosts
@@ -94,8 +100,8 @@ class Conversation:
             async with asyncio.timeout(self._timeout_s) as within:
                 await check_address(name, host, port, allowed)
                 if method == "GET":
-                    return await self._attempts(path, within, passing)
-                return await self._answer(method, path, body)
+                    return await self._attempts(path, key, within, passing)
+                return await self._answer(method, path, body, key)
         except (TimeoutError, httpx.TimeoutException):
             problem: ProbeFailed = ProbeTimeout(name, f"{host} did not answer within {self._timeout_s:g} s")
         except httpx.TransportError as exc:
@@ -109,7 +115,7 @@ class Conversation:
             return passing[-1]
         raise problem
 
-    async def _attempts(self, path: str, within: asyncio.Timeout, passing: list[Answer]) -> Answer:
+    async def _attempts(self, path: str, key: str, within: asyncio.Timeout, passing: list[Answer]) -> Answer:
         """The last answer to a GET, or its error. Into `passing` goes what may be better a moment later."""
         import httpx
 
@@ -117,7 +123,7 @@ class Conversation:
         while True:
             attempt += 1
             try:
-                answer = await self._answer("GET", path, None)
+                answer = await self._answer("GET", path, None, key)
                 if answer.status not in PASSING and not (answer.broke_off and answer.status == HTTPStatus.OK):
                     return answer
                 passing.append(answer)
@@ -137,11 +143,11 @@ class Conversation:
             return None  # it comes with a 200 as a matter of course
         return parse_limits(self._provider, answer.headers, now=self._clock(), status=answer.status).retry_after_s
 
-    async def _answer(self, method: str, path: str, body: bytes | None) -> Answer:
+    async def _answer(self, method: str, path: str, body: bytes | None, key: str) -> Answer:
         import httpx
 
         headers = {
-            **self.rule.headers(self.credential.key or ""),
+            **self.rule.headers(key),
             "accept": "application/json",
             "accept-encoding": "identity",  # or 1 MB may unpack to a thousand
             **({} if body is None else {"content-type": "application/json"}),
@@ -149,7 +155,7 @@ class Conversation:
         start = perf_counter()
         async with self._client.stream(
             method,
-            self.url + path,
+            url_of(self.url, path),
             headers=headers,
             content=body,
             auth=None,

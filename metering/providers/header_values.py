@@ -1,6 +1,6 @@
-"""HTTP headers, and what stands in them: counts, fractions, durations and moments (pure).
+"""HTTP headers, and what stands in them: counts, amounts, fractions, durations and moments (pure).
 
-Fractions are exact, and lean on no decimal context of an app.
+Fractions and amounts are exact, and lean on no decimal context of an app.
 
 Each reader of a text raises `ValueError`, whose message is what was expected.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from email.utils import parsedate_to_datetime
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, cast
@@ -19,19 +20,38 @@ from metering.checks import MAX_TOKENS
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["HeaderMap", "count", "duration", "epoch", "fields", "fraction", "http_date", "instant", "seconds"]
+__all__ = [
+    "HeaderMap",
+    "amount",
+    "count",
+    "duration",
+    "epoch",
+    "epoch_ms",
+    "fields",
+    "fraction",
+    "http_date",
+    "instant",
+    "named_items",
+    "seconds",
+]
 
 HeaderMap = Mapping[Any, Any] | Iterable[tuple[Any, Any]]
 """Anything that has headers: a mapping, `httpx.Headers`, pairs; names and values as str or bytes."""
 
 MAX_VALUE = 256
 """Characters of a value that is read."""
+MAX_AMOUNT = Decimal(10) ** 15
+MAX_PLACES = 30
+"""Of an amount: what is written as 1e-7 too has an end."""
 MAX_DAYS = 3_660
 LAST_YEAR = 9_000
 FIRST_EPOCH = 10**9
 """2001: what is less counts seconds from now, or something else."""
 
 _COUNT = re.compile(r"(\d{1,3}(?:,\d{3})+|\d{1,17})(?:\.\d*)?", re.ASCII)
+_AMOUNT = re.compile(r"\d{1,15}(?:\.\d{0,20})?(?:[eE][+-]?\d{1,2})?", re.ASCII)
+_ITEM = r'"[^"\\,;]{1,40}"(?:; *(?:"[^"\\,;]{1,40}"|[a-z]{1,10}=[0-9]{1,17}))*'
+_ITEMS = re.compile(f"{_ITEM}(?: *, *{_ITEM})*", re.ASCII)
 _NUMBER = re.compile(r"\d{1,17}(?:\.\d{0,17})?|\.\d{1,17}", re.ASCII)
 _TERM = r"(\d{1,17}(?:\.\d{0,17})?|\.\d{1,17})(ns|us|µs|μs|ms|s|m|h|d)"
 _DURATION = re.compile(f"(?:{_TERM})+", re.ASCII)
@@ -87,6 +107,31 @@ def count(text: str) -> int:
     return number
 
 
+def amount(text: str) -> Decimal:
+    """Money, exactly: from 0 to below 10^15, of at most 30 places."""
+    if _AMOUNT.fullmatch(text):
+        number = Decimal(text)
+        exponent = number.as_tuple().exponent
+        if number < MAX_AMOUNT and isinstance(exponent, int) and exponent >= -MAX_PLACES:
+            return number
+    raise ValueError("an amount from 0 to below 10^15")
+
+
+def named_items(text: str) -> dict[str, dict[str, str]]:
+    """Items with numbers as parameters (draft-ietf-httpapi-ratelimit-headers, RFC 9651), by name.
+
+    Of an item with two names, such as `"fixed window";"api";q=500`, the last one is its name.
+    """
+    if len(text) > MAX_VALUE or not _ITEMS.fullmatch(text):
+        raise ValueError('items such as "api";r=999;t=295')
+    found: dict[str, dict[str, str]] = {}
+    for item in text.split(","):
+        pieces = [piece.strip() for piece in item.split(";")]
+        name = [piece for piece in pieces if "=" not in piece][-1].strip('"')
+        found[name] = dict(piece.split("=", 1) for piece in pieces if "=" in piece)
+    return found
+
+
 def fraction(text: str) -> Fraction:
     """What is used of 1, below 1,000."""
     if not _NUMBER.fullmatch(text) or Fraction(text) >= 1_000:
@@ -129,6 +174,17 @@ def epoch(text: str) -> datetime:
     except (ValueError, OverflowError, OSError):
         pass
     raise ValueError("seconds since 1970")
+
+
+def epoch_ms(text: str) -> datetime:
+    """Milliseconds since 1970, from 2001 on."""
+    try:
+        if text.isascii() and text.isdigit() and len(text) <= MAX_VALUE:
+            since_1970, milliseconds = divmod(int(text), 1_000)
+            return epoch(str(since_1970)) + timedelta(milliseconds=milliseconds)
+    except ValueError:
+        pass
+    raise ValueError("milliseconds since 1970")
 
 
 def http_date(text: str) -> datetime:

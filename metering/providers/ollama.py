@@ -29,5 +29,6 @@ OLLAMA_PROBE = ProbeRule(
     models_in=("models", "name"),
     sample=_sample,
     needs_key=False,
+    url_variable="OLLAMA_HOST",
     latency_ns="total_duration",
 )

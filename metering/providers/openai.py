@@ -1,23 +1,27 @@
 """OpenAI: an organization's reports, and the rate limits that its answers carry.
 
-Reports (https://platform.openai.com/docs/api-reference/usage):
-`input_tokens` includes what was read from a cache, and what was written to one. Costs are USD: the documentation has a
-float, real answers also a text ("0.0042"). They can be grouped by line item, such as `gpt-4.1-2025-04-14, output`, and
-not by model. Buckets without usage are there, with no results.
+Reports (https://platform.openai.com/docs/api-reference/usage): `input_tokens` includes what was read from a cache, and
+what was written to one. Costs are USD: the documentation has a float, real answers also a text ("0.0042"). They can be
+grouped by line item, such as `gpt-4.1-2025-04-14, output`, and not by model. Buckets without usage are there, with no
+results.
 
 Limits (https://platform.openai.com/docs/guides/rate-limits): resets are durations. The window of requests may be a day.
+
+An admin key may ask for a project's limits (https://platform.openai.com/docs/api-reference/project-rate-limits), of
+each model and without what remains. They are windows of their own (`requests_minute/gpt-4o`), because an answer does
+not say which models its headers are about.
 """
 
 from __future__ import annotations
 
-import re
 from datetime import UTC, date, datetime
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from metering.providers.header_values import duration, instant
-from metering.providers.limits import LimitRule
-from metering.providers.probes import ProbeRule, Sample
+from metering.providers.limit_bodies import objects, said
+from metering.providers.limits import BodySays
+from metering.providers.openai_like import openai_limits, openai_probe
+from metering.providers.probes import Sample
 from metering.providers.reports import (
     DAYS_PER_PAGE,
     Counts,
@@ -32,7 +36,7 @@ from metering.providers.reports import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 __all__ = ["OPENAI", "OPENAI_LIMITS", "OPENAI_PROBE"]
 
@@ -121,22 +125,32 @@ OPENAI = Provider(
 )
 
 
-def _reset(text: str, now: datetime) -> datetime:
-    try:
-        return now + duration(text)
-    except ValueError:
-        try:
-            return instant(text)
-        except ValueError:
-            raise ValueError("a duration such as 6m0s, or a time with an offset") from None
+PROJECT_LIMITS = {
+    "max_requests_per_1_minute": "requests_minute",
+    "max_requests_per_1_day": "requests_day",
+    "max_tokens_per_1_minute": "tokens_minute",
+    "max_images_per_1_minute": "images_minute",
+    "max_audio_megabytes_per_1_minute": "audio_megabytes_minute",
+    "batch_1_day_max_input_tokens": "batch_input_tokens_day",
+}
 
 
-OPENAI_LIMITS = LimitRule(
-    provider="openai",
+def _project_limits(body: Mapping[str, Any]) -> BodySays:
+    return BodySays(
+        windows={
+            f"{window}/{limits['model']}": said(limits, place, limit=name)
+            for place, limits in objects(body, "data")
+            if limits.get("object") == "project.rate_limit" and isinstance(limits.get("model"), str)
+            for name, window in PROJECT_LIMITS.items()
+            if limits.get(name) is not None
+        }
+    )
+
+
+OPENAI_LIMITS = openai_limits(
+    "openai",
     aliases=("codex",),
-    prefixes=("x-ratelimit-",),
-    header=re.compile(r"x-ratelimit-(?P<part>limit|remaining|reset)-(?P<window>[a-z0-9-]+)"),
-    reset=_reset,
+    body=_project_limits,
     refusals={"rate_limit_exceeded": True, "insufficient_quota": False},
 )
 
@@ -150,10 +164,10 @@ def _sample(models: Sequence[str]) -> Sample | None:
     return None
 
 
-OPENAI_PROBE = ProbeRule(
-    url=OPENAI.url,
-    headers=OPENAI.headers,
-    models_path="/v1/models",
-    models_in=("data", "id"),
+OPENAI_PROBE = openai_probe(
+    OPENAI.url,
     sample=_sample,
+    key_variable="OPENAI_API_KEY",
+    url_variable="OPENAI_BASE_URL",
+    admin_path="/v1/organization/projects/{project}/rate_limits?limit=100",
 )

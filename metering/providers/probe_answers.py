@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from metering.providers.probes import ProbeRule, ProviderStatus, Sample
 
-__all__ = ["Answer", "with_answer", "with_models", "with_sample"]
+__all__ = ["Answer", "with_answer", "with_free_answer", "with_models", "with_sample"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +59,18 @@ def with_answer(status: ProviderStatus, answer: Answer, now: datetime) -> Provid
     )
 
 
+def with_free_answer(status: ProviderStatus, path: str, answer: Answer, now: datetime) -> ProviderStatus:
+    """The windows of an answer to a further question, where none of the same name is known. It is never an error."""
+    if answer.status != HTTPStatus.OK or answer.problem is not None:
+        problem = f"answered {answer.status}" if answer.problem is None else f"its answer {answer.problem}"
+        return replace(status, warnings=(*status.warnings, f"{path}: {problem}"))
+    limits = parse_limits(status.provider, answer.headers, now=now, status=answer.status, body=answer.body)
+    warnings = limits.warnings or (() if limits.windows else (f"{path}: its answer has no limits",))
+    return replace(status, windows={**limits.windows, **status.windows}, warnings=(*status.warnings, *warnings))
+
+
 def with_models(status: ProviderStatus, rule: ProbeRule, answer: Answer) -> ProviderStatus:
-    """The models of an answer, or that it cannot be read."""
+    """The models of an answer, where it has them, or that it cannot be read."""
     try:
         return replace(status, models=model_names(rule, _json(answer)))
     except ValueError as expected:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping  # noqa: TC003  msgspec reads the annotations of a status
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
+from decimal import Decimal
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,20 +20,25 @@ from metering.providers.limits import LimitWindow  # noqa: TC001  as above
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["Credential", "ProbeRule", "ProviderStatus", "Sample", "model_names"]
+__all__ = ["Credential", "ProbeRule", "ProviderStatus", "Sample", "free_questions", "model_names", "url_of"]
 
 MAX_MODELS = 1_000
 MODELS_SHOWN = 20
+PROJECT = re.compile(r"[A-Za-z0-9_-]{1,100}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credential:
-    """Who asks a provider. Raises `InvalidSetting` for a key that no header can hold, without showing it."""
+    """Who asks a provider. Raises `InvalidSetting` for keys that no header can hold, without showing them."""
 
     id: str
     """The name it goes by in statuses and logs; not secret."""
     provider: str
     key: str | None = field(default=None, repr=False)
+    admin_key: str | None = field(default=None, repr=False)
+    """Asks for the limits of an organization, or of a project, where the provider tells them to nobody else."""
+    project: str | None = None
+    """OpenAI's id of the key's project, whose limits `admin_key` asks for."""
     base_url: str | None = None
     """Where the provider's API is instead: https, or http on the loopback and on `allowed_hosts`."""
     allowed_hosts: tuple[str, ...] = ()
@@ -44,9 +51,13 @@ class Credential:
             if not (isinstance(name, str) and name.isprintable() and 1 <= len(name) <= MAX_NAME):
                 raise InvalidSetting("credential", name, f"an id and a provider of 1 to {MAX_NAME} characters")
         object.__setattr__(self, "allowed_hosts", tuple(host.lower() for host in self.allowed_hosts))
-        key = self.key
-        if key is not None and not (isinstance(key, str) and key.isascii() and key.isprintable() and " " not in key):
-            raise InvalidSetting("key", "(not shown)", "a key: ASCII without blanks")
+        for name, key in (("key", self.key), ("admin_key", self.admin_key)):
+            if key is not None and not (
+                isinstance(key, str) and key.isascii() and key.isprintable() and " " not in key
+            ):
+                raise InvalidSetting(name, "(not shown)", "a key: ASCII without blanks")
+        if self.project is not None and not (isinstance(self.project, str) and PROJECT.fullmatch(self.project)):
+            raise InvalidSetting("project", self.project, "the id of a project, such as proj_abc")
         paid = self.paid_probes_per_day
         if type(paid) is not int or paid < 0:
             raise InvalidSetting("paid_probes_per_day", paid, "a whole number, 0 or more")
@@ -79,7 +90,8 @@ class ProviderStatus:
     sample_latency_ms: int | None = None
 
     def to_dict(self, *, models: int = MODELS_SHOWN) -> dict[str, Any]:
-        """As JSON has it: times as text, the error as type, message and HTTP status, some models and the count of all.
+        """As JSON has it: times and money as text, the error as type, message and HTTP status, some models and the
+        count of all.
 
         `models` is how many at most; `MAX_MODELS` of them are all there can be, and then `from_dict` is the inverse.
         """
@@ -90,7 +102,7 @@ class ProviderStatus:
             "reachable": self.reachable,
             "error": None if self.error is None else _error_dict(self.error),
             "windows": {
-                name: {**asdict(window), "reset_at": window.reset_at and window.reset_at.isoformat()}
+                name: {part: _as_json(value) for part, value in asdict(window).items()}
                 for name, window in self.windows.items()
             },
             "retry_after_s": self.retry_after_s,
@@ -136,6 +148,12 @@ class _Error(msgspec.Struct):
     status: int | None = None
 
 
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Decimal):
+        return str(value)
+    return value.isoformat() if isinstance(value, datetime) else value
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
     """A call that costs: a POST of one token."""
@@ -150,25 +168,59 @@ class ProbeRule:
     """How a provider is asked."""
 
     url: str
-    """Where its API is, unless it is said otherwise."""
+    """Where its API is, unless it is said otherwise. Empty where every account has its own, so that it must be said."""
     headers: Callable[[str], Mapping[str, str]]
     """What goes with each question; the argument is the key."""
     models_path: str
-    models_in: tuple[str, str]
-    """Where an answer has its models, and where each has its name."""
-    sample: Callable[[Sequence[str]], Sample | None]
+    """What is asked first: the model list, or what tells more of the key."""
+    models_in: tuple[str, str] | None
+    """Where an answer has its models, and where each has its name. An empty place: the answer is their list. None: it
+    has none."""
+    sample: Callable[[Sequence[str]], Sample | None] = lambda _models: None
     """The call that costs least, of those that the listed models allow."""
+    key_path: str | None = None
+    """What else the key may ask for free. The answer's body is read by the provider's `LimitRule`."""
+    admin_path: str | None = None
+    """The same with an admin key; `{project}` stands for the credential's project."""
     needs_key: bool = True
+    key_variable: str | None = None
+    """The environment variable in which the provider's own SDK looks for the key."""
+    url_variable: str | None = None
+    """The one in which it looks for the base URL; Ollama's may leave out scheme and port."""
     latency_ns: str | None = None
     """Where the sample's answer says how long it took."""
 
 
+def free_questions(rule: ProbeRule, credential: Credential) -> list[tuple[str, str]]:
+    """Paths that tell a credential's limits besides the first, and the key that each is asked with."""
+    asked = []
+    if rule.key_path is not None:
+        asked.append((rule.key_path, credential.key or ""))
+    path, project = rule.admin_path, credential.project
+    if path is not None and credential.admin_key and (project or "{project}" not in path):
+        asked.append((path.format(project=project), credential.admin_key))
+    return asked
+
+
+def url_of(base: str, path: str) -> str:
+    """A path below a base URL, which may have the path's beginning: `.../openai/v1` for `/openai/v1/models`."""
+    steps = path.split("/")
+    for end in range(len(steps) - 1, 1, -1):
+        beginning = "/".join(steps[:end])
+        rest = base.removesuffix(beginning)
+        if rest != base and not rest.endswith("/"):
+            return rest + path
+    return base + path
+
+
 def model_names(rule: ProbeRule, answer: object) -> tuple[str, ...]:
     """The names of the models of an answer. Raises `ValueError`, saying what was expected."""
+    if rule.models_in is None:
+        return ()
     place, name = rule.models_in
-    listed: Any = answer.get(place) if isinstance(answer, dict) else None
-    if listed is None or type(listed) is not list:
-        raise ValueError(f"a JSON object with the list {place}")
+    listed: Any = answer.get(place) if place and isinstance(answer, dict) else None if place else answer
+    if type(listed) is not list:
+        raise ValueError(f"a JSON object with the list {place}" if place else "a list")
     names = [model.get(name) if isinstance(model, dict) else None for model in listed[:MAX_MODELS]]
     if not all(isinstance(each, str) and each.isprintable() and len(each) <= MAX_NAME for each in names):
         raise ValueError(f"models that each have a text {name}")

@@ -28,8 +28,8 @@ from metering.errors import (
 )
 from metering.providers.conversation import Conversation, client_or_own
 from metering.providers.paying import PaidByProcess, PaidProbes
-from metering.providers.probe_answers import with_answer, with_models, with_sample
-from metering.providers.probes import Credential, ProviderStatus
+from metering.providers.probe_answers import with_answer, with_free_answer, with_models, with_sample
+from metering.providers.probes import Credential, ProviderStatus, free_questions
 from metering.providers.registry import PROBE_RULES, limit_rule_named
 from metering.providers.sharing import Shared
 
@@ -46,7 +46,7 @@ __all__ = ["Credential", "Memory", "ProviderStatus", "probe", "probe_all", "prob
 
 TIMEOUT_S = 8.0
 """For one question: looking the host up, asking, and the whole answer."""
-QUESTIONS = 3
+QUESTIONS = 4
 """So many time-outs a probe may take; then another process no longer waits for it."""
 PARALLEL = 100
 TTL_S = 60.0
@@ -121,6 +121,7 @@ async def probe(
     """What the provider says of a credential's limits now.
 
     Gets the model list, and where that says no limits and `paid_probes_per_day` allows it, posts a call of one token.
+    What else the provider tells for free, some of it to an `admin_key` alone, adds the windows that were not told yet.
     A status is kept for 60 s, 10 s where it has an error; `force_refresh` asks all the same, but never twice at once.
     `client` serves many probes of one event loop; without one, each probe makes its own. Redirects are not followed. A
     GET that finds no connection, or is answered 502, 503 or 504, is asked up to twice more, all within `timeout_s`.
@@ -266,17 +267,40 @@ async def _probed(
         return replace(status, error=NoProviderKey(provider, f"no key is configured for {credential.id!r}"))
     async with client_or_own(client) as asked:
         conversation = Conversation(asked, credential, provider, rule, timeout_s, clock)
+        status = await _with_limits(status, conversation, clock, memory.paid)
+        return status if status.error else await _with_free_limits(status, conversation, clock)
+
+
+async def _with_limits(
+    status: ProviderStatus, conversation: Conversation, clock: Callable[[], datetime], payer: PaidProbes
+) -> ProviderStatus:
+    """What the first question tells, or the call that costs."""
+    rule = conversation.rule
+    try:
+        answer = await conversation.ask("GET", rule.models_path)
+    except ProbeFailed as exc:
+        return replace(status, error=_bare(exc), reachable=_was_asked(exc))
+    status = with_answer(status, answer, clock())
+    if status.error is None:
+        status = with_models(status, rule, answer)
+    sample = None if status.error or status.windows else rule.sample(status.models)
+    if sample is None or conversation.credential.paid_probes_per_day == 0:
+        return status
+    return await _sampled(status, conversation, sample, clock, payer)
+
+
+async def _with_free_limits(
+    status: ProviderStatus, conversation: Conversation, clock: Callable[[], datetime]
+) -> ProviderStatus:
+    """With what the further questions tell. None of them is an error."""
+    for path, key in free_questions(conversation.rule, conversation.credential):
         try:
-            answer = await conversation.ask("GET", rule.models_path)
+            answer = await conversation.ask("GET", path, key=key)
         except ProbeFailed as exc:
-            return replace(status, error=_bare(exc), reachable=_was_asked(exc))
-        status = with_answer(status, answer, clock())
-        if status.error is None:
-            status = with_models(status, rule, answer)
-        sample = None if status.error or status.windows else rule.sample(status.models)
-        if sample is None or credential.paid_probes_per_day == 0:
-            return status
-        return await _sampled(status, conversation, sample, clock, memory.paid)
+            status = _warned(status, f"{path}: {exc.problem}")
+        else:
+            status = with_free_answer(status, path, answer, clock())
+    return status
 
 
 async def _sampled(

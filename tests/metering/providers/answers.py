@@ -82,6 +82,108 @@ OPENAI_LIMITED = {
     "retry-after-ms": "113425",
 }
 
+AZURE = {
+    "date": DATE,
+    "apim-request-id": "7c3f9d3e",
+    "x-ratelimit-limit-requests": "20000",
+    "x-ratelimit-remaining-requests": "19999",
+    "x-ratelimit-renewalperiod-requests": "60",
+    "x-ratelimit-reset-requests": "3",
+    "x-ratelimit-limit-tokens": "1000",
+    "x-ratelimit-remaining-tokens": "500",
+    "x-ratelimit-renewalperiod-tokens": "60",
+    "x-ratelimit-reset-tokens": "30",
+}
+"""Of requests 1 of 20,000 is used, which is there again after 3 ms; of tokens one half, after 30 s."""
+
+AZURE_UNKNOWN = {
+    "date": DATE,
+    "x-ratelimit-limit-tokens": "-1",
+    "x-ratelimit-remaining-tokens": "-1",
+    "x-ratelimit-reset-tokens": "0",
+}
+
+AZURE_MISSPELT = {
+    "date": DATE,
+    "x-rate-limit-reset-tokens": "55",
+    "x-ratelimit-remaining-tokens": "0",
+    "retry-after-ms": "55000",
+}
+
+GROQ = {
+    "date": DATE,
+    "x-groq-region": "us-west-1",
+    "x-ratelimit-limit-requests": "14400",
+    "x-ratelimit-limit-tokens": "18000",
+    "x-ratelimit-remaining-requests": "14370",
+    "x-ratelimit-remaining-tokens": "17997",
+    "x-ratelimit-reset-requests": "2m59.56s",
+    "x-ratelimit-reset-tokens": "7.66s",
+}
+
+MISTRAL = {
+    "date": DATE,
+    "x-ratelimit-limit-req-10-second": "20",
+    "x-ratelimit-remaining-req-10-second": "19",
+    "x-ratelimit-limit-tokens-minute": "500000",
+    "x-ratelimit-remaining-tokens-minute": "499948",
+    "x-ratelimit-limit-tokens-month": "1000000000000",
+    "x-ratelimit-remaining-tokens-month": "999998798434",
+    "x-ratelimit-tokens-query-cost": "52",
+}
+
+COHERE = {
+    "date": DATE,
+    "x-debug-trace-id": "f2dd389ebfa9ffcc",
+    "x-endpoint-monthly-call-limit": "1000",
+    "x-trial-endpoint-call-limit": "20",
+    "x-trial-endpoint-call-remaining": "19",
+}
+
+TOGETHER = {
+    "date": DATE,
+    "x-ratelimit-limit": "10",
+    "x-ratelimit-remaining": "0",
+    "x-ratelimit-reset": "1",
+    "x-tokenlimit-limit": "3000",
+    "x-tokenlimit-remaining": "2750",
+}
+
+FIREWORKS = {
+    "date": DATE,
+    "x-ratelimit-limit-tokens-prompt": "60000",
+    "x-ratelimit-remaining-tokens-prompt": "59400",
+    "x-ratelimit-limit-tokens-cache-adjusted-prompt": "15000",
+    "x-ratelimit-limit-tokens-generated": "1200",
+    "x-ratelimit-remaining-tokens-generated": "1100",
+    "x-ratelimit-over-limit": "no",
+}
+
+CEREBRAS = {
+    "date": DATE,
+    "x-ratelimit-limit-requests-day": "14400",
+    "x-ratelimit-remaining-requests-day": "14399",
+    "x-ratelimit-reset-requests-day": "33011.382867",
+    "x-ratelimit-limit-tokens-minute": "60000",
+    "x-ratelimit-remaining-tokens-minute": "59000",
+    "x-ratelimit-reset-tokens-minute": "11.5",
+}
+
+HUGGINGFACE = {
+    "date": DATE,
+    "ratelimit": '"api";r=999;t=295',
+    "ratelimit-policy": '"fixed window";"api";q=1000;w=300',
+}
+
+REPLICATE = {"date": DATE, "ratelimit-remaining": "599", "ratelimit-reset": "1"}
+
+OPENROUTER = {
+    "date": DATE,
+    "x-ratelimit-limit": "20",
+    "x-ratelimit-remaining": "0",
+    "x-ratelimit-reset": "1773316830500",
+}
+
 OLLAMA = {"date": DATE, "content-type": "application/json; charset=utf-8", "content-length": "27"}
 
 

@@ -10,10 +10,7 @@ import pytest
 
 from metering.providers import conversation
 from metering.providers.probing import Credential, Memory, ProviderStatus, probe_sync
-from tests.metering.providers.probe_server import (
-    KEY,
-    ProbeServer,
-)
+from tests.metering.providers.probe_server import ADMIN_KEY, KEY, ProbeServer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -48,9 +45,10 @@ def ask(server: ProbeServer, clock: Clock) -> Callable[..., ProviderStatus]:
 
 
 def hidden(status: ProviderStatus) -> None:
-    """Nothing of the key in what is told."""
+    """Nothing of a key in what is told."""
     told = [repr(status), json.dumps(status.to_dict())]
     if status.error is not None:
         assert (status.error.__traceback__, status.error.__cause__, status.error.__context__) == (None, None, None)
         told += [str(status.error), repr(status.error), *traceback.format_exception(status.error)]
-    assert KEY[3:] not in "".join(told)
+    for key in (KEY, ADMIN_KEY):
+        assert key[3:] not in "".join(told)

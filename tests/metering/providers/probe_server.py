@@ -13,6 +13,7 @@ from tests.metering.providers import answers
 from tests.servers import HOST
 
 KEY = "sk-live-0123456789abcdef"
+ADMIN_KEY = "sk-admin-fedcba9876543210"
 
 Pairs = dict[str, str] | Iterable[tuple[str, str]]
 Reply = Callable[["_Handler"], None]

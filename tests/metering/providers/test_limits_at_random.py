@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import decimal
+from copy import deepcopy
 from datetime import UTC, datetime
+from decimal import Decimal
+from json import dumps
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 
 from metering.providers import LimitWindow, observe, parse_limits
 from metering.providers.registry import LIMIT_RULES
-from tests.metering.providers import answers
+from tests.metering.providers import answers, limit_answers
 
 if TYPE_CHECKING:
     from metering.providers import Limits
@@ -43,13 +46,47 @@ json = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["error", "type", "code"]), inner),
     max_leaves=6,
 )
-bodies = json | st.binary(max_size=20) | st.text(max_size=20)
+BODIES = [value for name, value in vars(limit_answers).items() if name.isupper()]
+leaves = (
+    json | values | st.floats() | st.decimals() | st.integers() | st.dictionaries(st.text(max_size=3), json, max_size=2)
+)
+
+
+@st.composite
+def almost(draw: st.DrawFn) -> Any:
+    """A body that says limits, and some of it something else, or not there."""
+    body = deepcopy(draw(st.sampled_from(BODIES)))
+    for _ in range(draw(st.integers(0, 3))):
+        part, within = body, draw(st.integers(0, 8))
+        while True:
+            keys = list(part) if isinstance(part, dict) else list(range(len(part)))
+            if not keys:
+                break
+            key = draw(st.sampled_from(keys))
+            if within and isinstance(part[key], dict | list):
+                part, within = part[key], within - 1
+                continue
+            if isinstance(part, dict) and draw(st.booleans()):
+                del part[key]
+            else:
+                part[key] = draw(leaves)
+            break
+    return body
+
+
+def encoded(body: Any) -> bytes:
+    return dumps(body, default=str).encode("utf-8", "replace")
+
+
+bodies = json | st.binary(max_size=20) | st.text(max_size=20) | almost() | almost().map(encoded)
 nows = st.datetimes(datetime(1900, 1, 1), datetime(9000, 1, 1), timezones=st.timezones())  # noqa: DTZ001
 
 
-def hold(window: LimitWindow, warnings: tuple[str, ...]) -> None:
-    for number in (window.limit, window.remaining, window.used, window.reset_in_ms):
-        assert number is None or (type(number) is int and number >= 0)
+def hold(name: str, window: LimitWindow, warnings: tuple[str, ...]) -> None:
+    kind = Decimal if name.startswith("credits_") else int
+    for number in (window.limit, window.remaining, window.used):
+        assert number is None or (type(number) is kind and 0 <= number < 10**18)
+    assert window.reset_in_ms is None or window.reset_in_ms >= 0
     if window.limit is not None and window.remaining is not None and window.remaining > window.limit:
         assert any(f"{window.remaining} of a limit of {window.limit}" in warning for warning in warnings)
         assert window.used is None
@@ -60,8 +97,9 @@ def hold(window: LimitWindow, warnings: tuple[str, ...]) -> None:
 
 def hold_all(limits: Limits) -> None:
     assert limits.at.tzinfo is UTC
-    for window in limits.windows.values():
-        hold(window, limits.warnings)
+    for name, window in limits.windows.items():
+        assert name.isprintable()
+        hold(name, window, limits.warnings)
     assert limits.retry_after_s is None or limits.retry_after_s >= 0
     assert all(text.isprintable() and len(text) < 300 for text in limits.warnings)
     assert all(name.isascii() and name.isprintable() and value.isprintable() for name, value in limits.raw.items())
@@ -73,6 +111,13 @@ def test_nothing_in_an_answer_raises(provider: str, headers: Any, now: datetime,
     limits = parse_limits(provider, headers, now=now, status=status, body=body)
     hold_all(limits)
     assert limits.rate_limited or status != 429
+
+
+@settings(max_examples=400)
+@given(st.sampled_from(list(LIMIT_RULES)), nows, almost())
+def test_what_looks_like_a_body_is_read_or_named(provider: str, now: datetime, body: Any) -> None:
+    for each in (body, encoded(body)):
+        hold_all(parse_limits(provider, {}, now=now, status=429, body=each))
 
 
 @settings(max_examples=200)
@@ -91,3 +136,5 @@ def test_an_apps_decimal_context_is_of_no_account(provider: str) -> None:
     with decimal.localcontext(decimal.Context(prec=1, traps=[decimal.Inexact, decimal.Rounded])):
         for headers in REAL:
             hold_all(parse_limits(provider, headers, now=datetime(2026, 3, 12, tzinfo=UTC)))
+        for body in BODIES:
+            hold_all(parse_limits(provider, {}, now=datetime(2026, 3, 12, tzinfo=UTC), body=body))

@@ -51,9 +51,17 @@ def test_a_status_is_kept_for_a_minute_and_an_error_for_less(
 
 
 def test_another_id_url_or_key_is_another_status(ask: Callable[..., ProviderStatus], server: ProbeServer) -> None:
-    for number, more in enumerate(({}, {"id": "b"}, {"key": "other"}, {"base_url": f"{server.url}/v1"}, {}), start=1):
+    base_url = f"{server.url}/v1"
+    others: list[dict[str, Any]] = [
+        {"id": "b"},
+        {"key": "o"},
+        {"admin_key": "o"},
+        {"project": "o"},
+        {"base_url": base_url},
+    ]
+    for number, more in enumerate(({}, *others, {}), start=1):
         ask(**more)
-        assert len(server.asked) == min(number, 4)
+        assert len(server.asked) == min(number, 6)
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -144,7 +152,7 @@ async def test_who_forces_takes_none_that_somebody_learnt_of_and_did_not_ask_for
 
 def test_what_is_kept_is_bounded(server: ProbeServer, clock: Clock) -> None:
     memory = Memory()
-    credential = Credential(id="c", provider="groq")
+    credential = Credential(id="c", provider="nobody")
     for number in range(1_030):
         probe_sync(replace(credential, id=f"c{number}"), memory=memory, clock=clock)
     assert len(memory.statuses._kept) == 1_024

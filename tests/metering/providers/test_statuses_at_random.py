@@ -23,16 +23,20 @@ FAILURES = sorted(
 )
 TEXT = st.text(max_size=20)
 NUMBER = st.none() | st.integers(0, 2**53)
+MONEY = st.none() | st.decimals(0, 10**15, allow_nan=False)
 SHARE = st.none() | st.floats(0, 1e9)
 TIME = st.datetimes(timezones=st.just(UTC))
-WINDOW = st.builds(
-    LimitWindow,
-    limit=NUMBER,
-    remaining=NUMBER,
-    reset_at=st.none() | TIME,
-    used=NUMBER,
-    percent_used=SHARE,
-    reset_in_ms=NUMBER,
+WINDOW = st.one_of(
+    st.builds(
+        LimitWindow,
+        limit=number,
+        remaining=number,
+        reset_at=st.none() | TIME,
+        used=number,
+        percent_used=SHARE,
+        reset_in_ms=NUMBER,
+    )
+    for number in (NUMBER, MONEY)
 )
 
 
@@ -70,6 +74,8 @@ def test_a_status_is_the_same_after_json(status: ProviderStatus) -> None:
     told = msgspec.json.decode(msgspec.json.encode(status.to_dict(models=MAX_MODELS)))
     back = ProviderStatus.from_dict(told)
     assert parts(back) == parts(status)
+    for name, window in status.windows.items():
+        assert type(back.windows[name].limit) is type(window.limit)
     assert [type(back.warnings), type(back.models), back.checked_at.tzinfo] == [tuple, tuple, UTC]
 
 
