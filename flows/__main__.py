@@ -68,6 +68,14 @@ def drain_events() -> None:
     sys.exit(call(flow))
 
 
+@app.command("probe-providers")
+def probe_providers() -> None:
+    """Ask the providers how much of their rate limits is left, and keep what they say."""
+    from flows.probe_providers import probe_providers as flow
+
+    sys.exit(call(flow))
+
+
 @app.command("pull-reports")
 def pull_reports(
     provider: Annotated[str | None, typer.Option(help="One provider; all whose key is set unless said.")] = None,

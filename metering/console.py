@@ -12,7 +12,9 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-__all__ = ["fields_of", "progress_bar", "show", "show_line"]
+    from rich.table import Table
+
+__all__ = ["fields_of", "progress_bar", "show", "show_line", "table_of"]
 
 MAX_LINES = 20
 """Of one cell of a table; JSON has all of them."""
@@ -46,15 +48,21 @@ def show(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
 
         typer.echo(msgspec.json.format(msgspec.json.encode(rows, enc_hook=str)).decode())
         return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     if not rows:
         typer.echo("nothing")
         return
+    from rich.console import Console
+
     # A piped table must not be cut to a width that nobody sees.
     console = Console() if sys.stdout.isatty() else Console(width=400)
+    console.print(table_of(rows))
+
+
+def table_of(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One row as fields, several as a table, without columns that are empty in all of them."""
+    from rich.table import Table
+    from rich.text import Text
+
     if len(rows) == 1:
         table = Table.grid(padding=(0, 2))
         for name, value in rows[0].items():
@@ -64,7 +72,7 @@ def show(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
         table = Table(*shown)
         for row in rows:
             table.add_row(*(Text(_cell(row[name])) for name in shown))
-    console.print(table)
+    return table
 
 
 def show_line(row: Mapping[str, Any]) -> None:

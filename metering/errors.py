@@ -4,7 +4,7 @@ MeteringError
 ├── InvalidEvent            a fact that cannot be billed as given (also a ValueError)
 │   └── InvalidUsage        token counts that cannot be
 ├── InvalidSetting          a setting or an argument that cannot be used (also a ValueError)
-├── InvalidFile             a file that cannot be imported
+├── InvalidFile             a file that cannot be read, or not to its end
 ├── InvalidReport           a provider's report that says something else than it should (also a ValueError)
 ├── InvalidPlan             plans.toml, or a plan in it, cannot be used (also a ValueError)
 ├── AmbiguousRate           two rates claim the same usage
@@ -122,7 +122,7 @@ class InvalidReport(_FieldError):
 
 
 class InvalidFile(MeteringError):
-    """A file that cannot be imported, or not to its end."""
+    """A file that cannot be read, or not to its end."""
 
     def __init__(self, path: object, problem: str) -> None:
         super().__init__(f"{path}: {problem}")

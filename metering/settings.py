@@ -15,7 +15,7 @@ from metering.providers import PROVIDERS
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Settings"]
+__all__ = ["Settings", "environment"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +30,8 @@ class Settings:
     """METERING_WAREHOUSE: the DuckDB file."""
     plans: Path = Path("plans.toml")
     """METERING_PLANS: plans and rates. Not set and no `plans.toml` in the working folder: the four default plans."""
+    credentials: Path | None = None
+    """METERING_CREDENTIALS: whom to probe. Not set: `credentials.toml` in the working folder, if it is there."""
     quota_url: str | None = None
     """METERING_QUOTA_URL: `redis://`, `rediss://` or `redis+cluster://` puts admissions on Redis."""
     timeout_s: float = 5.0
@@ -61,12 +63,7 @@ class Settings:
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
         """Read the environment, and `.env` for what it does not set. Raises `InvalidSetting`."""
-        if environ is None:
-            try:
-                in_file = {name: value for name, value in dotenv_values(".env").items() if value is not None}
-            except (OSError, UnicodeDecodeError) as exc:
-                raise InvalidSetting("settings", ".env", f"a readable file in UTF-8 ({exc})") from exc
-            environ = {**in_file, **os.environ}
+        environ = environment() if environ is None else environ
         home = Path(environ.get("METERING_HOME") or ".tallystick")
         quota_url = environ.get("METERING_QUOTA_URL") or None
         timeout_ms = _milliseconds("METERING_TIMEOUT_MS", environ.get("METERING_TIMEOUT_MS") or None)
@@ -76,11 +73,17 @@ class Settings:
         plans = environ.get("METERING_PLANS")
         if plans and not Path(plans).is_file():
             raise InvalidSetting("METERING_PLANS", plans, "a file that is there")
+        credentials = environ.get("METERING_CREDENTIALS")
+        if credentials and not Path(credentials).is_file():
+            raise InvalidSetting("METERING_CREDENTIALS", credentials, "a file that is there")
+        if not credentials and Path("credentials.toml").is_file():
+            credentials = "credentials.toml"
         return cls(
             home=home,
             ledger_url=environ.get("METERING_LEDGER_URL") or f"sqlite:///{home / 'ledger.db'}",
             warehouse=Path(environ.get("METERING_WAREHOUSE") or home / "warehouse.duckdb"),
             plans=Path(plans or "plans.toml"),
+            credentials=Path(credentials) if credentials else None,
             quota_url=quota_url,
             timeout_s=5.0 if quota_url is not None or timeout_ms is None else timeout_ms / 1000,
             quota_timeout_s=0.25 if timeout_ms is None else timeout_ms / 1000,
@@ -89,6 +92,15 @@ class Settings:
             provider_keys=_provider_keys(environ),
             provider_urls=_provider_urls(environ),
         )
+
+
+def environment() -> dict[str, str]:
+    """The environment, and what `.env` sets besides. Raises `InvalidSetting`."""
+    try:
+        in_file = {name: value for name, value in dotenv_values(".env").items() if value is not None}
+    except (OSError, UnicodeDecodeError) as exc:
+        raise InvalidSetting("settings", ".env", f"a readable file in UTF-8 ({exc})") from exc
+    return {**in_file, **os.environ}
 
 
 def _provider_keys(environ: Mapping[str, str]) -> dict[str, str]:

@@ -15,6 +15,7 @@ import json
 import os
 import sys
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -35,8 +36,8 @@ ROWS_PER_TRANSACTION = 100_000
 MARKED = {"sqlite": "seq", "postgres": "commit_xid"}
 """The column that a watermark is on: nothing is committed any more at or below the end of a load."""
 
-_END_OF_SPANS = {
-    "sqlite": "SELECT coalesce(max(seq), 0) FROM spans",
+_END = {
+    "sqlite": "SELECT coalesce(max(seq), 0) FROM {table}",
     "postgres": "SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint - 1",
 }
 
@@ -71,7 +72,7 @@ def _attached_ledger(connection: duckdb.DuckDBPyConnection, ledger: Mapping[str,
 
 
 def load(ledger: Mapping[str, str], warehouse: Path) -> dict[str, int]:
-    """Add every costed event that is not in the warehouse yet, its sums, and every span; a transaction a batch."""
+    """Add what is not in the warehouse yet: costed events, their sums, spans and probes; a transaction a batch."""
     loaded = 0
     with open_for_writing(warehouse) as connection, _attached_ledger(connection, ledger) as ask:
         watermark = _watermark(connection, ask)
@@ -92,27 +93,46 @@ def load(ledger: Mapping[str, str], warehouse: Path) -> dict[str, int]:
             connection.execute("COMMIT")
             loaded += count
             watermark = up_to
-        return {"loaded": loaded, "watermark": watermark, "spans": _load_spans(connection, ask, ledger["type"])}
+        return {
+            "loaded": loaded,
+            "watermark": watermark,
+            "spans": _copy(connection, ask, ledger["type"], _SPANS),
+            "provider_windows": _copy(connection, ask, ledger["type"], _PROBES),
+        }
 
 
-def _load_spans(connection: duckdb.DuckDBPyConnection, ask: Ask, kind: str) -> int:
-    """How many spans were added."""
-    loaded = 0
-    row = connection.execute("SELECT seq FROM span_watermark").fetchone()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Copied:
+    """Rows that are appended to the ledger, and to the warehouse as they are."""
+
+    ledger: str
+    """The table whose numbers the watermark is on."""
+    warehouse: str
+    watermark: str
+
+
+_SPANS = _Copied(ledger="spans", warehouse="spans", watermark="span_watermark")
+_PROBES = _Copied(ledger="provider_probes", warehouse="provider_windows", watermark="probe_watermark")
+
+
+def _copy(connection: duckdb.DuckDBPyConnection, ask: Ask, kind: str, copied: _Copied) -> int:
+    """How many rows were added."""
+    added = 0
+    row = connection.execute(f"SELECT seq FROM {copied.watermark}").fetchone()  # noqa: S608  ours, as all below
     if row is None:
-        connection.execute("INSERT INTO span_watermark VALUES (0)")
+        connection.execute(f"INSERT INTO {copied.watermark} VALUES (0)")  # noqa: S608
     watermark = 0 if row is None else int(row[0])
-    ((end,),) = ask(_END_OF_SPANS[kind])
-    while (up_to := _end_of_batch(ask, "spans", watermark, int(end))) is not None:
-        connection.execute("CREATE OR REPLACE TEMP TABLE batch AS FROM spans LIMIT 0")
-        ((count,),) = ask(sql("load_spans"), "INSERT INTO batch", above=watermark, up_to=up_to)
+    ((end,),) = ask(_END[kind], table=copied.ledger)
+    while (up_to := _end_of_batch(ask, copied.ledger, watermark, int(end))) is not None:
+        connection.execute(f"CREATE OR REPLACE TEMP TABLE batch AS FROM {copied.warehouse} LIMIT 0")
+        ((count,),) = ask(sql(f"load_{copied.warehouse}"), "INSERT INTO batch", above=watermark, up_to=up_to)
         connection.execute("BEGIN")
-        connection.execute("INSERT INTO spans FROM batch")
-        connection.execute(f"UPDATE span_watermark SET seq = {up_to}")  # noqa: S608  a number
+        connection.execute(f"INSERT INTO {copied.warehouse} FROM batch")
+        connection.execute(f"UPDATE {copied.watermark} SET seq = {up_to}")  # noqa: S608
         connection.execute("COMMIT")
-        loaded += count
+        added += count
         watermark = up_to
-    return loaded
+    return added
 
 
 def _watermark(connection: duckdb.DuckDBPyConnection, ask: Ask) -> int:

@@ -103,3 +103,22 @@ CREATE TABLE IF NOT EXISTS spans (
     started_at TIMESTAMPTZ NOT NULL,
     ended_at TIMESTAMPTZ NOT NULL
 );
+
+-- seq: of the newest probe loaded, as load_watermark has it of events. One row.
+CREATE TABLE IF NOT EXISTS probe_watermark (
+    seq BIGINT NOT NULL
+);
+
+-- What providers said of their limits. A probe that found no window is one row without a name, with its error.
+CREATE TABLE IF NOT EXISTS provider_windows (
+    seq BIGINT NOT NULL,
+    credential VARCHAR NOT NULL,
+    provider VARCHAR NOT NULL,
+    checked_at TIMESTAMPTZ NOT NULL,
+    error VARCHAR,
+    name VARCHAR,
+    limit_value DECIMAL(38, 12),
+    remaining DECIMAL(38, 12),
+    percent_used DECIMAL(38, 12),
+    reset_at TIMESTAMPTZ
+);

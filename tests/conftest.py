@@ -14,6 +14,7 @@ from hypothesis import settings
 from metering.ledger import Ledger
 from metering.meter import Meter
 from metering.providers import PROVIDERS
+from metering.providers.registry import PROBE_RULES
 from tests.servers import PostgresServer
 
 if TYPE_CHECKING:
@@ -46,8 +47,14 @@ class Clock:
 def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("METERING_")]:
         monkeypatch.delenv(name)
-    for provider in PROVIDERS.values():
-        monkeypatch.delenv(provider.key_variable, raising=False)
+    rules = PROBE_RULES.values()
+    for variable in (
+        *(provider.key_variable for provider in PROVIDERS.values()),
+        *(rule.key_variable for rule in rules),
+        *(rule.url_variable for rule in rules),
+    ):
+        if variable is not None:
+            monkeypatch.delenv(variable, raising=False)
     monkeypatch.chdir(tmp_path)
 
 

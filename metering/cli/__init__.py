@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from metering.cli import accounts, importing, plans, quotas, spans, tracing
+from metering.cli import accounts, importing, plans, probing, quotas, spans, tracing
 from metering.cli.shared import GROUP, Account, AsJson, End, Start, actor, instant, open_meter
 from metering.console import fields_of, show
 from metering.errors import InvalidSetting, MeteringError
@@ -125,6 +125,7 @@ app.command()(quotas.drain)
 app.command()(log)
 app.command()(tracing.trace)
 app.command()(quotas.verify)
+app.command()(probing.probe)
 app.command()(doctor)
 app.add_typer(plans.plans, name="plans")
 app.add_typer(accounts.accounts, name="accounts")

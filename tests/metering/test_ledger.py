@@ -88,8 +88,8 @@ def test_each_ledger_has_an_id_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("revision", "message"),
     [
-        ("'0006'", "schema 0006 is newer than 0005, the newest this tallystick knows; upgrade tallystick"),
-        ("'0000'", "schema 0000 is older than 0005; run `tallystick migrate`"),
+        ("'9999'", f"schema 9999 is newer than {SCHEMA}, the newest this tallystick knows; upgrade tallystick"),
+        ("'0000'", f"schema 0000 is older than {SCHEMA}; run `tallystick migrate`"),
     ],
 )
 def test_another_schema_is_refused(ledger_url: str, revision: str, message: str) -> None:
@@ -114,7 +114,7 @@ def test_the_first_ledger_is_upgraded_with_all_it_holds(
     before = contents(path_of(url))
     assert before["events"] != before["holds"] != []
 
-    with pytest.raises(SchemaMismatch, match="schema 0001 is older than 0005; run `tallystick migrate`"):
+    with pytest.raises(SchemaMismatch, match=f"schema 0001 is older than {SCHEMA}; run `tallystick migrate`"):
         Ledger(url)
     ledger = Ledger(url, upgrade=True)
     with ledger.read() as connection:

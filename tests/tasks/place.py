@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 NOVEMBER = datetime(2023, 11, 16, 18, 17, tzinfo=UTC)
 COSTED_AT = datetime(2023, 12, 1, tzinfo=UTC)
 PERIOD = "2023-11"
+NO_OTHERS = {"spans": 0, "provider_windows": 0}
+"""What a load says where nothing but events was recorded."""
 
 
 def event(account: str = "acme", *, at: datetime = NOVEMBER, line: str = "application", **said: Any) -> UsageEvent:

@@ -8,19 +8,25 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from datetime import timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from metering.checks import MAX_QUANTITY
-from metering.errors import StoreUnavailable
+from metering.errors import NoProviderKey, StoreUnavailable
 from metering.events import TOKEN_FIELDS, TokenUsage
+from metering.ledger import Ledger
+from metering.ledger.observations import record_statuses
+from metering.providers import LimitWindow
+from metering.providers.probes import ProviderStatus
 from tasks.errors import WarehouseError
 from tasks.load import ROOT, for_duckdb, load_into
 from tasks.verify import rollup_differences
 from tasks.warehouse import lease
-from tests.tasks.place import PERIOD, Place, event, month_of_usage
+from tests.tasks.place import NO_OTHERS, NOVEMBER, PERIOD, Place, event, month_of_usage
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,12 +77,12 @@ def watermark(place: Place) -> int:
 def test_the_watermark_moves_with_the_rows(place: Place) -> None:
     place.account("acme")
     place.add(event(), event())
-    assert place.aggregate() == {"loaded": 2, "watermark": (before := place.newest()), "spans": 0}
+    assert place.aggregate() == {"loaded": 2, "watermark": (before := place.newest()), **NO_OTHERS}
     place.add(event())
-    assert place.load() == {"loaded": 0, "watermark": before, "spans": 0}  # not costed yet
-    assert place.aggregate() == {"loaded": 1, "watermark": (after := place.newest()), "spans": 0}
+    assert place.load() == {"loaded": 0, "watermark": before, **NO_OTHERS}  # not costed yet
+    assert place.aggregate() == {"loaded": 1, "watermark": (after := place.newest()), **NO_OTHERS}
     assert after > before
-    assert place.aggregate() == {"loaded": 0, "watermark": after, "spans": 0}
+    assert place.aggregate() == {"loaded": 0, "watermark": after, **NO_OTHERS}
     assert events_loaded(place) == [1, 2, 3]
     assert place.warehouse_rows(f"SELECT {SUMS} FROM usage_15m") == [(3, 3_000, 300, Decimal(0), Decimal("0.0084"), 0)]
 
@@ -128,6 +134,42 @@ def test_every_span_is_loaded_once_in_batches_of_any_size(place: Place) -> None:
     assert place.warehouse_rows(query) == recorded
 
 
+def probed(number: int, **said: Any) -> ProviderStatus:
+    windows = {
+        name: LimitWindow(limit=100, remaining=number, percent_used=100.0 - number, reset_in_ms=1_500)
+        for name in ("requests", "tokens")
+    }
+    at = NOVEMBER + timedelta(minutes=5 * number)
+    return ProviderStatus(**{"provider": "openai", "account_key": "prod", "checked_at": at, "windows": windows, **said})
+
+
+def test_every_probe_is_loaded_once_with_its_windows(place: Place) -> None:
+    credits_left = {"credits_usd": LimitWindow(remaining=Decimal("-0.000000000001"))}
+    failed = NoProviderKey("openai", "no key is configured")
+    with closing(Ledger(place.ledger_url)) as ledger:
+        for each in ([probed(1), probed(2)], [probed(3, error=failed, windows={}), probed(4, windows=credits_left)]):
+            with ledger.write() as connection:
+                assert record_statuses(connection, each) == 2
+                assert record_statuses(connection, each) == 0
+    assert [place.load()["provider_windows"] for _ in range(2)] == [6, 0]
+    query = (
+        "SELECT credential, provider, extract(minute FROM checked_at)::INT, error, name, remaining, percent_used, "
+        "date_diff('ms', checked_at, reset_at) FROM provider_windows ORDER BY seq, name"
+    )
+    expected = [
+        ("prod", "openai", 22, None, "requests", Decimal(1), Decimal(99), 1_500),
+        ("prod", "openai", 22, None, "tokens", Decimal(1), Decimal(99), 1_500),
+        ("prod", "openai", 27, None, "requests", Decimal(2), Decimal(98), 1_500),
+        ("prod", "openai", 27, None, "tokens", Decimal(2), Decimal(98), 1_500),
+        ("prod", "openai", 32, "NoProviderKey", None, None, None, None),
+        ("prod", "openai", 37, None, "credits_usd", Decimal("-0.000000000001"), None, None),
+    ]
+    assert place.warehouse_rows(query) == expected
+    place.warehouse.unlink()
+    assert run_worker(place, "w.ROWS_PER_TRANSACTION = 1").returncode == 0
+    assert place.warehouse_rows(query) == expected
+
+
 def test_batches_of_any_size_give_the_same_sums(place: Place) -> None:
     month_of_usage(place, events=100)
     place.cost()
@@ -166,7 +208,7 @@ w.open_for_writing = dying
 """
     assert run_worker(place, script).returncode == 9
     assert events_loaded(place) == list(range(1, 11))
-    assert place.load() == {"loaded": 20, "watermark": place.newest(), "spans": 0}
+    assert place.load() == {"loaded": 20, "watermark": place.newest(), **NO_OTHERS}
     assert place.warehouse_rows(ROLLUP) == place.warehouse_rows(FROM_EVENTS)
 
 
@@ -188,7 +230,7 @@ w._attached_ledger = dying
     assert place.warehouse.with_name("warehouse.duckdb.wal").exists()
     assert place.invoice() is not None  # a reader finds what the log holds
     assert sum(invoice.requests for invoice in place.invoices().values()) == 20
-    assert place.load() == {"loaded": 0, "watermark": place.newest(), "spans": 0}
+    assert place.load() == {"loaded": 0, "watermark": place.newest(), **NO_OTHERS}
     assert events_loaded(place) == list(range(1, 21))
 
 
@@ -264,7 +306,7 @@ def test_a_number_is_not_used_again_below_the_watermark(place: Place) -> None:
     place.change("DELETE FROM events WHERE seq = 2")
     place.add(event())
     assert place.ledger_rows("SELECT max(seq) FROM events") == [(3,)]
-    assert place.aggregate() == {"loaded": 1, "watermark": place.newest(), "spans": 0}
+    assert place.aggregate() == {"loaded": 1, "watermark": place.newest(), **NO_OTHERS}
 
 
 def test_corrections_flow_through(place: Place) -> None:

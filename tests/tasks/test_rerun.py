@@ -11,7 +11,7 @@ import pytest
 from metering.errors import StoreUnavailable
 from tasks.rebuild import rebuild_warehouse
 from tasks.verify import invoice_differences, rollup_differences
-from tests.tasks.place import PERIOD, Place, event, month_of_usage
+from tests.tasks.place import NO_OTHERS, PERIOD, Place, event, month_of_usage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -85,13 +85,13 @@ def test_a_rebuilt_warehouse_gives_the_same_bytes(place: Place, lost: bool) -> N
     # What a killed rebuild left behind.
     place.warehouse.with_name("warehouse.duckdb.rebuilding").write_bytes(b"half")
     place.warehouse.with_name("warehouse.duckdb.rebuilding.wal").write_bytes(b"half")
-    assert rebuild(place) == {"loaded": 400, "watermark": place.newest(), "spans": 0}
+    assert rebuild(place) == {"loaded": 400, "watermark": place.newest(), **NO_OTHERS}
     place.bill()
     assert place.files() == files
     assert place.warehouse_rows(EVENTS) == rows
     left = {path.name for path in place.home.iterdir()} - {"ledger.db"}
     assert left == {"out", "warehouse.duckdb", "warehouse.duckdb.lease"}
-    assert place.load() == {"loaded": 0, "watermark": place.newest(), "spans": 0}
+    assert place.load() == {"loaded": 0, "watermark": place.newest(), **NO_OTHERS}
 
 
 def test_rebuilds_and_loads_at_once_take_turns(place: Place) -> None:

@@ -21,7 +21,13 @@ from metering.ledger.schema.calls import (
     request_log,
 )
 from metering.ledger.schema.columns import metadata
-from metering.ledger.schema.providers import provider_pulls, provider_usage
+from metering.ledger.schema.providers import (
+    paid_probes,
+    provider_probes,
+    provider_pulls,
+    provider_usage,
+    provider_windows,
+)
 from metering.ledger.schema.reconciling import event_costs, reconciliations, recosts, replaced_costs, spans, verdicts
 from metering.ledger.schema.redis import dead_letters, key_reuses, shards
 from metering.ledger.types import UtcDateTime, Uuid
@@ -42,9 +48,12 @@ __all__ = [
     "metadata",
     "metadata_on_postgres",
     "outbox",
+    "paid_probes",
     "plan_versions",
+    "provider_probes",
     "provider_pulls",
     "provider_usage",
+    "provider_windows",
     "rate_counters",
     "reconciliations",
     "recosts",
@@ -58,7 +67,7 @@ __all__ = [
 
 
 def metadata_on_postgres() -> MetaData:
-    """The tables as they lie on Postgres, where events and spans also say which transaction wrote them.
+    """The tables as they lie on Postgres, where what is loaded also says which transaction wrote it.
 
     There a `seq` is handed out before its transaction commits, so a load that remembers the highest it has seen skips
     whatever commits later with a lower one. `commit_xid` below `pg_snapshot_xmin` is in every later snapshot.
@@ -67,7 +76,7 @@ def metadata_on_postgres() -> MetaData:
     for table in metadata.sorted_tables:
         table.to_metadata(on_postgres)
     current_xid = text("(pg_current_xact_id()::text)::bigint")
-    for name in ("events", "spans"):
+    for name in ("events", "spans", "provider_probes"):
         on_postgres.tables[name].append_column(
             Column("commit_xid", BigInteger, nullable=False, index=True, server_default=current_xid)
         )
