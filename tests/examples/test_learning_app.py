@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from fastapi import FastAPI
 
+SOON_S = 0.5
+"""Before a call gives up on a ledger that somebody holds."""
 SEARCHES = [f"/search/{shelf}" for shelf in (*SHELVES, "conversations")]
 ENDPOINTS = [*SEARCHES, "/publish"]
 TEXT = "I am Ada. I prefer tea. Always be brief. That was wrong"
@@ -62,14 +64,14 @@ def opened(open_meter: Callable[..., Meter], ledger_url: str, clock: Any) -> Cal
     secret = meter.keys.create(ACCOUNT, plan=PLAN.name).secret
 
     @asynccontextmanager
-    async def open_app(**seams: Any) -> AsyncIterator[Shop]:
+    async def open_app(timeout_s: float = DEADLINE_S, **seams: Any) -> AsyncIterator[Shop]:
         app = create_app(**seams)
         for shelf in (*SHELVES, "conversations"):
             for number in range(2):
                 await app.state.library.add(ACCOUNT, shelf, f"{shelf} {number}")
         transport = httpx.ASGITransport(app)
         async with (
-            AsyncMeter(ledger_url, clock=clock, strict_signals=True, timeout_s=0.05) as app.state.meter,
+            AsyncMeter(ledger_url, clock=clock, strict_signals=True, timeout_s=timeout_s) as app.state.meter,
             httpx.AsyncClient(transport=transport, base_url="http://app", timeout=DEADLINE_S) as client,
         ):
             yield Shop(app, client, meter, secret)
@@ -323,7 +325,7 @@ class Locking(Library):
 @pytest.mark.parametrize("path", ENDPOINTS)
 def test_a_store_that_goes_down_leaves_the_answer_as_it_is(opened: Callable[..., Any], path: str, key: bool) -> None:
     async def test() -> None:
-        async with opened() as shop:
+        async with opened(timeout_s=SOON_S) as shop:
             up, nothing = await shop.ask(path, key=key), await shop.ask(path, found=False)
             with Lock(shop.meter) as lock:
                 shop.app.state.library = Locking(shop.app.state.library, lock.take)
