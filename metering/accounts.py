@@ -200,7 +200,9 @@ class Accounts:
                 raise Conflict(f"account {account!r} has usage: its time zone and anchor day cut its periods and stay")
             if changes:
                 connection.execute(accounts.update().where(accounts.c.account == account).values(**changes))
-                self._note(connection, self._clock(), "account.update", account, **changes)
+                # Names and addresses may have to be erased one day, and of the log nothing ever is.
+                said = {name: value for name, value in changes.items() if name not in ("name", "address")}
+                self._note(connection, self._clock(), "account.update", account, changed=sorted(changes), **said)
             if cuts_periods:
                 outbox.note(connection, account, now=self._clock())
             changed = self._get(connection, account)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from metering.cli import accounts, importing, plans, probing, quotas, spans, tracing
+from metering.cli import accounts, importing, logs, plans, probing, quotas, spans, tracing
 from metering.cli.shared import GROUP, Account, AsJson, End, Start, actor, instant, open_meter
 from metering.console import fields_of, show
-from metering.errors import InvalidSetting, MeteringError
+from metering.errors import MeteringError
 
 __all__ = ["app", "main"]
 
@@ -20,8 +19,6 @@ app = typer.Typer(
     "everything lies in .tallystick.",
     **GROUP,
 )
-
-MAX_ENTRIES = 10_000
 
 
 def main() -> None:
@@ -77,34 +74,6 @@ def usage(
     show([fields_of(total) for total in totals], as_json)
 
 
-def log(
-    account: Annotated[str | None, typer.Argument(help="The account; or give --key-id.")] = None,
-    key_id: Annotated[str | None, typer.Option(help="Calls of one key.")] = None,
-    start: Start = None,
-    end: End = None,
-    limit: Annotated[int, typer.Option(help="At most so many, the newest first.")] = 100,
-    admin: Annotated[bool, typer.Option("--admin", help="The admin log instead: who changed what.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """The request log: bodies, errors and latencies of calls."""
-    from metering.ledger import admin_log
-
-    if not 1 <= limit <= MAX_ENTRIES:
-        raise InvalidSetting("--limit", limit, f"1 to {MAX_ENTRIES}")
-    if admin and (account or key_id or start or end):
-        raise InvalidSetting("--admin", True, "no account, key or time beside it: the admin log is shown as it is")
-    with open_meter() as meter:
-        entries: Iterable[Any]
-        if admin:
-            with meter.ledger.read() as connection:
-                entries = admin_log.entries(connection, limit=limit)
-        else:
-            entries = meter.log(
-                account, key_id=key_id, start=instant("--start", start), end=instant("--end", end), limit=limit
-            )
-        show([fields_of(entry) for entry in entries], as_json)
-
-
 def doctor(as_json: AsJson = False) -> None:
     """What is configured, reachable and migrated. Exit status 1: something is not."""
     from metering.doctor import examine
@@ -122,7 +91,6 @@ app.command("import")(importing.import_files)
 app.command("import-spans")(spans.import_spans)
 app.command()(usage)
 app.command()(quotas.drain)
-app.command()(log)
 app.command()(tracing.trace)
 app.command()(quotas.verify)
 app.command()(probing.probe)
@@ -131,3 +99,4 @@ app.add_typer(plans.plans, name="plans")
 app.add_typer(accounts.accounts, name="accounts")
 app.add_typer(accounts.keys, name="keys")
 app.add_typer(quotas.quota, name="quota")
+app.add_typer(logs.log, name="log")

@@ -102,6 +102,13 @@ def test_an_account_can_be_changed_until_there_is_usage(meter: Meter) -> None:
     )
     assert (changed.name, changed.time_zone, changed.anchor_day) == ("Acme Ltd", "Asia/Kolkata", 15)
     assert changed.address == ("2 Road",)
+    with meter.ledger.read() as connection:
+        noted = admin_log.entries(connection, limit=1)[0]
+    assert (noted.action, noted.subject, noted.details) == (
+        "account.update",
+        "acme",
+        {"changed": ["address", "anchor_day", "name", "time_zone"], "anchor_day": 15, "time_zone": "Asia/Kolkata"},
+    ), "what may have to be erased is not in a log that never is"
     meter.record(account="acme", line="a")
     for change in ({"time_zone": "UTC"}, {"anchor_day": 1}):
         with pytest.raises(Conflict, match="has usage: its time zone and anchor day cut its periods and stay"):

@@ -12,7 +12,7 @@ from metering import Meter, doctor
 from metering.admission.redis.keys import shard_key, shard_of
 from metering.doctor import examine
 from metering.events import new_event_id
-from metering.ledger import Ledger
+from metering.ledger import SCHEMA, Ledger
 from metering.spool import Spool
 from tests.servers import RedisServer, flavours, free_port
 
@@ -49,7 +49,7 @@ def test_all_is_well(here: Path) -> None:
     assert all(ok for ok, _ in found.values())
     assert found["home"][1] == str(Path(".tallystick").absolute())
     assert str(here) in found["ledger"][1]
-    assert "schema 0005, journal wal" in found["ledger"][1]
+    assert f"schema {SCHEMA}, journal wal" in found["ledger"][1]
     assert found["contents"][1] == "1 accounts, events up to number 1, 1 open holds"
     assert found["counters"][1] == "1, all equal to the ledger"
     assert found["plans"][1] == "plans.toml is absent: the four default plans"

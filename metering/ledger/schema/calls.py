@@ -26,6 +26,7 @@ __all__ = [
     "accounts",
     "admin_log",
     "api_keys",
+    "chains",
     "counters",
     "event_ids",
     "events",
@@ -263,7 +264,20 @@ admin_log = Table(
     Column("action", NAME, nullable=False),
     Column("subject", NAME, nullable=False),
     Column("details", Text, nullable=False),
+    Column("previous", String(64), nullable=False),
+    Column("digest", String(64), nullable=False),
 )
+"""Who changed what. Append only, by triggers; `previous` and `digest` chain each entry to the one before."""
+
+chains = Table(
+    "chains",
+    metadata,
+    Column("name", NAME, primary_key=True),
+    Column("length", BigInteger, nullable=False),
+    Column("digest", String(64), nullable=False),
+    sqlite_with_rowid=False,
+)
+"""The head of each chain of rows: how many there are, and the digest of the newest. None yet: no row."""
 
 outbox = Table(
     "outbox",
