@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from metering.holds import Hold
     from metering.meter import Meter
     from metering.plans import Limit, Plan
+    from metering.redaction import Redaction
 
 __all__ = [
     "AsyncHold",
@@ -46,6 +47,7 @@ __all__ = [
     "MeteringError",
     "Plan",
     "Rate",
+    "Redaction",
     "Replayed",
     "RevokedKey",
     "StoreUnavailable",
@@ -65,6 +67,7 @@ _HOMES = {
     "Meter": "meter",
     "Plan": "plans",
     "Rate": "billing.pricing",
+    "Redaction": "redaction",
     "TokenUsage": "events",
     "UsageEvent": "events",
 }

@@ -14,6 +14,7 @@ from metering.calls import SecretGiven
 from metering.errors import StoreUnavailable
 from metering.holds import HeldCall, Hold, Release
 from metering.meter import Meter, settings_from_env
+from metering.redaction import SECRETS, Redaction
 from metering.traces.keeping import kept_span
 
 if TYPE_CHECKING:
@@ -117,9 +118,9 @@ class AsyncMeter(_InThreads[Meter]):
         self._keeper = _AsyncKeeper(self._renew, every_s=meter._hold_ttl_s / 3)
 
     @classmethod
-    def from_env(cls, *, create: bool | None = None, actor: str = "app") -> AsyncMeter:
+    def from_env(cls, *, create: bool | None = None, actor: str = "app", redact: Redaction = SECRETS) -> AsyncMeter:
         """A meter as the METERING_* settings say; with none set, one SQLite file in `.tallystick`."""
-        return cls(**settings_from_env(), create=create, actor=actor)
+        return cls(**settings_from_env(), create=create, actor=actor, redact=redact)
 
     @property
     def ledger(self) -> Ledger:
@@ -219,7 +220,7 @@ class AsyncMeter(_InThreads[Meter]):
             if was_cancelled:
                 raise asyncio.CancelledError from None
             raise
-        hold = AsyncHold(self._store, self._keeper, decision, admission, secret=api_key)
+        hold = AsyncHold(self._store, self._keeper, decision, admission, secret=api_key, redact=self._blocking._redact)
         if was_cancelled:
             await hold.__aexit__(asyncio.CancelledError, asyncio.CancelledError(), None)
             raise asyncio.CancelledError
@@ -272,8 +273,9 @@ class AsyncHold(HeldCall):
         admission: Admission,
         *,
         secret: str,
+        redact: Redaction,
     ) -> None:
-        super().__init__(decision, admission, secret=secret)
+        super().__init__(decision, admission, secret=secret, redact=redact)
         self._store = store
         self._keeper = keeper
 

@@ -1,4 +1,4 @@
-"""Request and response bodies as the ledger keeps them: JSON text, capped, without the API key that was presented."""
+"""Request and response bodies as the ledger keeps them: JSON text, redacted, capped, without the API key presented."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import TracebackType
 
-__all__ = ["bodies_of", "hidden", "kept_in_plain", "masked_error", "refuse_secret"]
+    from metering.redaction import Redaction
+
+__all__ = ["bodies_of", "hidden", "kept_in_plain", "masked_error", "refuse_secret", "replay_of"]
 
 MAX_LOGGED_BYTES = 64 * 1024
 MAX_REPLAYED_BYTES = 16 * 1024
@@ -33,23 +35,31 @@ _values_kept_in_plain = attrgetter(*_KEPT_IN_PLAIN)
 _SAME_EVERYWHERE = re.compile(r"[A-Za-z0-9._~-]+")
 
 
-def bodies_of(secret: str | None, request: Any, response: Any, *, replayable: bool) -> Bodies:
-    """What the request log keeps of both, and what a replay answers. Never raises: it runs after the work is done."""
+def bodies_of(secret: str | None, request: Any, response: Any, *, replayable: bool, redact: Redaction) -> Bodies:
+    """What the request log keeps of both, and what a replay answers. Never raises: it runs after the work is done.
+
+    Only the log is redacted: a replay is the very response, for the caller who got it before.
+    """
     if request is None and response is None:
         return _NOTHING
     response_text = _as_json(response, secret)
     return Bodies(
-        request=_capped(_as_json(request, secret)),
-        response=_capped(response_text),
-        replay=(
-            response_text
-            if replayable and response_text is not None and len(response_text.encode()) <= MAX_REPLAYED_BYTES
-            else None
-        ),
+        request=_logged(_as_json(request, secret), redact),
+        response=_logged(response_text, redact),
+        replay=_replayed(response_text) if replayable else None,
     )
 
 
-def masked_error(error: object, secret: str | None) -> str | None:
+def replay_of(secret: str | None, response: Any) -> str | None:
+    """What a replay answers: the response as it was, but for the API key; None for one that is too long."""
+    return _replayed(_as_json(response, secret))
+
+
+def _replayed(text: str | None) -> str | None:
+    return text if text is not None and len(text.encode()) <= MAX_REPLAYED_BYTES else None
+
+
+def masked_error(error: object, secret: str | None, redact: Redaction) -> str | None:
     """An error, text or exception, as one short text. Never raises: it runs after the work is done."""
     if error is None:
         return None
@@ -57,6 +67,10 @@ def masked_error(error: object, secret: str | None) -> str | None:
     if isinstance(error, BaseException):
         text = f"{type(error).__name__}: {text}"
     text = _without(text, secret).encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+    try:
+        text = redact.text(text)
+    except Exception as exc:  # noqa: BLE001  whatever an app's own patterns meet
+        return _unredacted(exc)
     return text if len(text) <= MAX_ERROR else text[: MAX_ERROR - 3] + "..."
 
 
@@ -149,9 +163,20 @@ def _escaped(text: str) -> list[str]:
     return in_url + [form[1:-1] for form in quoted]
 
 
-def _capped(text: str | None) -> str | None:
+def _logged(text: str | None, redact: Redaction) -> str | None:
     if text is None:
         return None
+    try:
+        return _capped(redact.body(text))
+    except Exception as exc:  # noqa: BLE001  whatever a body that nobody has seen brings about
+        return json.dumps({"kept": False, "why": _unredacted(exc)})
+
+
+def _unredacted(error: Exception) -> str:
+    return f"not kept: it could not be redacted ({type(error).__name__})"
+
+
+def _capped(text: str) -> str:
     encoded = text.encode("utf-8", "replace")
     if len(encoded) <= MAX_LOGGED_BYTES:
         return text

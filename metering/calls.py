@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from datetime import datetime
 
+    from metering.redaction import Redaction
+
 __all__ = ["Calls", "SecretGiven"]
 
 
@@ -38,10 +40,13 @@ class SecretGiven(Exception):
 class Calls:
     """Builds what `Meter` and `AsyncMeter` ask of their stores; the meaning of the arguments is told there."""
 
-    def __init__(self, digest: Callable[[str], str], *, clock: Callable[[], datetime], hold_ttl_s: float) -> None:
+    def __init__(
+        self, digest: Callable[[str], str], *, clock: Callable[[], datetime], hold_ttl_s: float, redact: Redaction
+    ) -> None:
         self._digest = digest
         self._clock = clock
         self._hold_ttl_s = hold_ttl_s
+        self._redact = redact
 
     def consume(
         self,
@@ -62,7 +67,7 @@ class Calls:
         with hidden(api_key):
             call = Call(
                 line=line,
-                error=masked_error(error, _checked_secret(api_key)),
+                error=masked_error(error, _checked_secret(api_key), self._redact),
                 latency_ms=latency_ms,
                 idempotency_key=idempotency_key,
                 **described,
@@ -158,7 +163,7 @@ class Calls:
             quantity=None if quantity is None else checks.quantity("quantity", quantity),
             fingerprint=fingerprint,
             hold_ttl_s=hold_ttl_s,
-            bodies=bodies_of(api_key, request, response, replayable=keyed),
+            bodies=bodies_of(api_key, request, response, replayable=keyed, redact=self._redact),
         )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from metering import checks
 from metering.admission.holding import settlement_digest
 from metering.admission.protocol import Bodies, HoldTicket, Settlement
-from metering.bodies import bodies_of, hidden, kept_in_plain, masked_error, refuse_secret
+from metering.bodies import bodies_of, hidden, kept_in_plain, masked_error, refuse_secret, replay_of
 from metering.errors import InvalidEvent, LedgerError, SettleConflict
 from metering.events import Call, TokenUsage
 from metering.payloads import reply_of
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from metering.admission.protocol import Admission, AdmissionStore, Decision, Settled
+    from metering.redaction import Redaction
 
 __all__ = ["HeldCall", "Hold", "Keeper", "Release", "UnsettledHold"]
 
@@ -48,7 +49,7 @@ class Release:
 class HeldCall:
     """A hold and the call it was made for: decides what is booked and when. `Hold` and `AsyncHold` ask the store."""
 
-    def __init__(self, decision: Decision, admission: Admission, *, secret: str) -> None:
+    def __init__(self, decision: Decision, admission: Admission, *, secret: str, redact: Redaction) -> None:
         assert decision.hold is not None
         self.decision = decision
         self.settled: Settled | None = None
@@ -59,6 +60,7 @@ class HeldCall:
         self._call = admission.call
         self._request = admission.bodies.request
         self._secret = secret
+        self._redact = redact
         self._released = False
         self._unanswered: Settlement | None = None
         """What the store was told, without an answer."""
@@ -116,16 +118,16 @@ class HeldCall:
 
     def keeping(self, settlement: Settlement, *, response: Any, reply: Any) -> Settlement:
         """The settlement, with `response` for the request log and `reply` for replays. None keeps nothing."""
-        logged = bodies_of(self._secret, None, response, replayable=False)
+        logged = bodies_of(self._secret, None, response, replayable=False, redact=self._redact)
         replayable = settlement.call.idempotency_key is not None
-        replay = bodies_of(self._secret, None, reply, replayable=replayable).replay
+        replay = replay_of(self._secret, reply) if replayable else None
         return replace(settlement, bodies=replace(settlement.bodies, response=logged.response, replay=replay))
 
     def _release_of(self, error: object) -> Release:
         """What `release(error)` tells the store."""
         return Release(
             self._ticket,
-            replace(self._call, error=masked_error(error, self._secret)),
+            replace(self._call, error=masked_error(error, self._secret, self._redact)),
             Bodies(request=self._request),
         )
 
@@ -179,7 +181,8 @@ class HeldCall:
     def _settlement(
         self, call: Call, usage: TokenUsage | None, quantity: Decimal | None, *, response: Any, estimated: bool
     ) -> Settlement:
-        bodies = bodies_of(self._secret, None, response, replayable=call.idempotency_key is not None)
+        is_keyed = call.idempotency_key is not None
+        bodies = bodies_of(self._secret, None, response, replayable=is_keyed, redact=self._redact)
         return Settlement(
             hold=self._ticket,
             call=call,
@@ -197,9 +200,16 @@ class Hold(HeldCall):
     """
 
     def __init__(
-        self, store: AdmissionStore, keeper: Keeper, decision: Decision, admission: Admission, *, secret: str
+        self,
+        store: AdmissionStore,
+        keeper: Keeper,
+        decision: Decision,
+        admission: Admission,
+        *,
+        secret: str,
+        redact: Redaction,
     ) -> None:
-        super().__init__(decision, admission, secret=secret)
+        super().__init__(decision, admission, secret=secret, redact=redact)
         self._store = store
         self._keeper = keeper
 

@@ -24,6 +24,7 @@ from metering.ledger import Ledger, plan_versions
 from metering.ledger.outbox import no_one, tell
 from metering.ledger.queries import LogEntry, UsageBy, UsageTotal, request_log_of, usage_of
 from metering.plans import parse_plans
+from metering.redaction import SECRETS, Redaction
 from metering.settings import Settings
 from metering.traces.keeping import TraceStore, kept_span
 
@@ -87,7 +88,8 @@ class Meter:
 
     `ledger_url` is `sqlite:///FILE` or `postgresql+psycopg://...`. With `create` a ledger that is not there is created,
     with the plans of `plans` (a TOML file) where that exists; unless said, a file is, and a schema on a server is not.
-    `clock` is the time of every decision; `actor` is who the admin log names.
+    `clock` is the time of every decision; `actor` is who the admin log names; `redact` says what of bodies and errors
+    is not kept, unless said well-known secrets.
 
     With `quota_url` (`redis://`, `rediss://`, `redis+cluster://`) admissions are decided on Redis, each within
     `quota_timeout_s`, and reach the ledger by `tallystick drain`; what Redis could not be told waits in the folder
@@ -111,7 +113,10 @@ class Meter:
         quota_timeout_s: float = 0.25,
         spool: Path | None = None,
         allow_eviction: bool = False,
+        redact: Redaction = SECRETS,
     ) -> None:
+        if not isinstance(redact, Redaction):
+            raise InvalidSetting("redact", type(redact).__name__, "a Redaction")
         self.ledger = Ledger(
             ledger_url,
             timeout_s=timeout_s,
@@ -144,16 +149,17 @@ class Meter:
         self._store = PatientStore(
             self._redis or SqlStore(self.ledger, self._last_known, clock=clock), self._courier, self._last_known
         )
-        self._calls = Calls(self.keys.digest, clock=clock, hold_ttl_s=hold_ttl_s)
+        self._calls = Calls(self.keys.digest, clock=clock, hold_ttl_s=hold_ttl_s, redact=redact)
         self._hold_ttl_s = hold_ttl_s
+        self._redact = redact
         self._strict_signals = strict_signals
         self._keeper = self._new_keeper()
         _meters.add(self)
 
     @classmethod
-    def from_env(cls, *, create: bool | None = None, actor: str = "app") -> Meter:
+    def from_env(cls, *, create: bool | None = None, actor: str = "app", redact: Redaction = SECRETS) -> Meter:
         """A meter as the METERING_* settings say; with none set, one SQLite file in `.tallystick`."""
-        return cls(**settings_from_env(), create=create, actor=actor)
+        return cls(**settings_from_env(), create=create, actor=actor, redact=redact)
 
     def authenticate(self, api_key: str) -> ApiKey:
         """The key behind a secret. Raises `UnknownKey`, `RevokedKey`."""
@@ -229,7 +235,7 @@ class Meter:
             raise self._refusal(api_key, given) from None
         decision = self._store.admit(admission)
         decision.raise_unless_admitted()
-        return Hold(self._store, self._keeper, decision, admission, secret=api_key)
+        return Hold(self._store, self._keeper, decision, admission, secret=api_key, redact=self._redact)
 
     def record(
         self,

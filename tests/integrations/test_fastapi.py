@@ -444,6 +444,19 @@ def test_bodies_are_logged_only_when_asked(shop: Shop) -> None:
     assert operations == [("POST /settled",), ("POST /items/{item}",)]
 
 
+def test_secrets_are_in_the_replay_and_not_in_the_log(shop: Shop) -> None:
+    secret = shop.books.key("open")
+    ask = {"prompt": "password=hunter2 and more", "client_secret": "hunter2"}
+    answers = [shop.post("/items/9", secret, key="r", json=ask) for _ in range(2)]
+    account = shop.books.account(secret)
+    assert [answer.json() for answer in answers] == [{"said": f"password=hunter2 and more {account}"}] * 2
+    [entry] = shop.books.meter.log(account)
+    assert entry.request == {"prompt": "password=[redacted] and more", "client_secret": "[redacted]"}
+    assert entry.response == {"said": f"password=[redacted] and more {account}"}
+    again = shop.post("/items/9", secret, key="r", json={**ask, "client_secret": "hunter3"})
+    problem(again, 409, "idempotency-conflict")
+
+
 def test_routers_mounted_apps_and_other_scopes(shop: Shop) -> None:
     secret = shop.books.key("open")
     headers = {"x-api-key": secret}

@@ -11,6 +11,7 @@ import pytest
 from metering import TokenUsage
 from metering.bodies import bodies_of, masked_error
 from metering.errors import InvalidEvent, InvalidSetting, MeteringError
+from metering.redaction import SECRETS
 
 if TYPE_CHECKING:
     from metering import Meter
@@ -160,18 +161,18 @@ def test_a_key_is_no_name(meter: Meter, field: str) -> None:
 
 
 def test_a_mask_takes_nothing_else(meter: Meter) -> None:
-    bodies = bodies_of(PLAIN, {"q": f"my {PLAIN} key", "n": 1.5, "u": "ü"}, None, replayable=True)
+    bodies = bodies_of(PLAIN, {"q": f"my {PLAIN} key", "n": 1.5, "u": "ü"}, None, replayable=True, redact=SECRETS)
     assert bodies.request == '{"q":"my [API key] key","n":1.5,"u":"ü"}'
     assert (bodies.response, bodies.replay) == (None, None)
-    assert masked_error(f"no {PLAIN}.", PLAIN) == "no [API key]."
-    assert masked_error(None, PLAIN) is None
-    assert masked_error(KeyError("x"), None) == "KeyError: 'x'"
+    assert masked_error(f"no {PLAIN}.", PLAIN, SECRETS) == "no [API key]."
+    assert masked_error(None, PLAIN, SECRETS) is None
+    assert masked_error(KeyError("x"), None, SECRETS) == "KeyError: 'x'"
 
 
 def test_a_key_inside_bytes_is_masked(meter: Meter) -> None:
     key = meter.keys.create("bytes", plan="pro")
-    body = f'{{"api_key": "{key.secret}"}}'.encode()
+    body = f'{{"q": "{key.secret}"}}'.encode()
     meter.consume(key.secret, line="a", request=body, response={"nested": [body]})
     [entry] = meter.log("bytes")
-    assert entry.request == '{"api_key": "[API key]"}'
-    assert entry.response == {"nested": ['{"api_key": "[API key]"}']}
+    assert entry.request == '{"q": "[API key]"}'
+    assert entry.response == {"nested": ['{"q": "[API key]"}']}

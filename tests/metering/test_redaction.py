@@ -1,0 +1,418 @@
+"""What the request log does not keep: whatever a body looks like, no well-known secret, and nothing an app names."""
+
+from __future__ import annotations
+
+import base64
+import json
+import sqlite3
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from metering import AsyncMeter, Meter, Redaction, TokenUsage
+from metering.bodies import MAX_LOGGED_BYTES, bodies_of, masked_error
+from metering.drain import Drain
+from metering.errors import IdempotencyConflict, InvalidSetting
+from metering.redaction import SECRETS
+from tests.metering.loops import on_a_loop
+from tests.servers import RedisServer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+HIDDEN = "hunter2canary"
+KEY = "tsk_" + "k" * 43
+
+
+def logged(body: Any, redact: Redaction = SECRETS) -> str:
+    """A body as the request log keeps it."""
+    kept = bodies_of(None, body, None, replayable=False, redact=redact).request
+    assert kept is not None
+    return kept
+
+
+# No well-known secret, whatever the body
+
+numbers = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+values = st.none() | st.booleans() | numbers | st.text(max_size=8)
+names = st.text(max_size=6)
+structures = st.recursive(
+    values, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3), max_leaves=6
+)
+opaque = st.text("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", min_size=16, max_size=40)
+
+
+def spelled(name: str) -> st.SearchStrategy[str]:
+    """A name as people write it: in any case, with - or _."""
+    words = name.split(" ")
+    plain = [f"{glue}".join(words) for glue in ("", "-", "_")]
+    return st.sampled_from([form for text in plain for form in (text, text.upper(), text.title())])
+
+
+KEYS = [
+    "password",
+    "db password",
+    "secret",
+    "client secret",
+    "api key",
+    "openai api key",
+    "access token",
+    "refresh token",
+    "private key",
+    "aws secret access key",
+    "authorization",
+]
+HEADERS = ["authorization", "proxy authorization", "cookie", "set cookie", "x api key", "api key", "x goog api key"]
+secret_keys = st.sampled_from(KEYS).flatmap(spelled)
+secret_headers = st.sampled_from(HEADERS).flatmap(lambda name: spelled(name).filter(lambda text: " " not in text))
+header_names = secret_headers.filter(lambda name: "-" in name or "_" in name or name.lower() in HEADERS)
+
+
+@st.composite
+def known_shapes(draw: st.DrawFn) -> str:
+    """A secret that is told by how it looks; what is after its beginning is drawn."""
+    rest = draw(opaque)
+    begins = ["sk-", "sk-ant-api03-", "tsk_", "Bearer ", "bearer  ", "ghp_", "github_pat_", "xoxb-", "xoxp-1-"]
+    begin = draw(st.sampled_from([*begins, "eyJ", "-----BEGIN RSA PRIVATE KEY-----\n", "AKIA", "AIza"]))
+    match begin:
+        case "eyJ":
+            return f"eyJhbGciOiJI{rest}.eyJzdWIi{rest}.{rest}"
+        case "AKIA":
+            return f"AKIA{rest.upper()}"
+        case "AIza":
+            return f"AIza{rest}{rest}"
+        case _ if begin.startswith("-"):
+            return f"{begin}{rest}\n{rest}\n-----END RSA PRIVATE KEY-----"
+    return begin + rest
+
+
+@st.composite
+def named(draw: st.DrawFn) -> tuple[Any, str]:
+    """Something that has a secret under a name, and the secret."""
+    inner = draw(st.sampled_from([HIDDEN, {"deep": HIDDEN}, [HIDDEN, 1]]))
+    headers = draw(st.sampled_from(["headers", "request_headers", "ResponseHeaders"]))
+    name = draw(st.sampled_from(["password", "api_key", "client-secret", "accessToken", "Authorization"]))
+    form = draw(st.sampled_from(["{0}={1}", '"{0}": "{1}"', "{0}: {1}", "f({0}='{1}')", '\\"{0}\\":\\"{1}\\"']))
+    found: Any = draw(
+        st.sampled_from(
+            [
+                {draw(secret_keys): inner},
+                {draw(secret_keys): 7_141_592},
+                {headers: {draw(header_names): inner}},
+                [["host", "x"], (draw(header_names), inner)],
+                [(draw(header_names).encode(), HIDDEN.encode()), (b"host", b"x")],
+                f"a=b&{form.format(name, HIDDEN)}",
+            ]
+        )
+    )
+    return found, "7141592" if 7_141_592 in (found.values() if isinstance(found, dict) else ()) else HIDDEN
+
+
+@st.composite
+def shaped(draw: st.DrawFn) -> tuple[Any, str]:
+    """Something that has a secret of a known shape in it, and what of it must not be kept."""
+    shape = draw(known_shapes())
+    hidden = shape.split()[-1] if shape.lower().startswith("bearer") else shape.splitlines()[-2:][0]
+    return draw(st.sampled_from([shape, f"my key is {shape}, thanks", f"({shape})", {shape: 1}])), hidden
+
+
+@st.composite
+def bodies(draw: st.DrawFn) -> tuple[Any, str]:
+    """A body, and what must not be kept of it."""
+    body, hidden = draw(named() | shaped())
+    for wrap in draw(st.lists(st.sampled_from(["list", "key", "json", "bytes", "beside"]), max_size=4)):
+        match wrap:
+            case "list":
+                body = [draw(structures), body]
+            case "key":
+                body = {draw(names): draw(structures), "it": body}
+            case "json":
+                body = json.dumps(body, default=bytes.decode)
+            case "bytes":
+                body = json.dumps(body, default=bytes.decode, ensure_ascii=False).encode("utf-8", "replace")
+            case "beside":
+                body = {"a": draw(structures), "b": {"c": body}, "headers": {"host": "x"}}
+    return body, hidden
+
+
+@given(bodies())
+def test_no_well_known_secret_is_kept(drawn: tuple[Any, str]) -> None:
+    body, hidden = drawn
+    kept = logged(body)
+    assert hidden not in kept
+    assert "[redacted]" in kept
+    json.loads(kept)
+
+
+letters = st.text("abcdf {}[]\"'\\:=\n/-_ü日🔑", max_size=20)
+harmless = st.recursive(
+    st.none() | st.booleans() | numbers | letters,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(letters, inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@given(harmless)
+def test_nothing_else_is_taken(body: Any) -> None:
+    text = bodies_of(None, body, None, replayable=False, redact=Redaction(secrets=False)).request
+    if body is None:
+        assert text is None
+        return
+    assert text is not None
+    assert json.loads(text) == json.loads(json.dumps(body))
+    assert logged(body) == text
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [{"role": "user", "content": "Which secretary has the key to the token machine?"}]},
+        {"usage": {"input_tokens": 5, "output_tokens": 7}, "max_tokens": 9, "keywords": ["a"], "tokenizer": "o200k"},
+        {"is_secret": False, "password": None, "risk": "risk-management-framework", "note": "a cookie: choc"},
+        {"logprobs": [{"token": "Hello", "logprob": -0.5}], "cookie": "chocolate", "pair": ["password", "email"]},
+        {"text": '{ "spaced" :  [1.50, 1E5] }', "idempotency_key": "k-1"},
+    ],
+)
+def test_what_only_sounds_like_a_secret_is_kept(body: Any) -> None:
+    assert json.loads(logged(body)) == body
+
+
+def test_a_text_of_many_beginnings_takes_no_time() -> None:
+    """What is quadratic here would hold up an event loop for minutes."""
+    for piece in (
+        "-eyJ",
+        "eyJaaaaaaaaaaaa-",
+        'password="',
+        "password=\\\\\\",
+        "-----BEGIN PRIVATE KEY",
+        "sk-",
+        "bearer  ",
+    ):
+        logged({"text": piece * (1_000_000 // len(piece))})
+
+
+# What an app names
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "kept"),
+    [
+        ("user.email", {"user": {"email": "x", "name": "y"}}, {"user": {"email": "[redacted]", "name": "y"}}),
+        ("$.user.email", {"user": {"email": None}}, {"user": {"email": "[redacted]"}}),
+        ("$.user", {"user": {"a": [1]}}, {"user": "[redacted]"}),
+        (
+            "$.messages[*].content",
+            {"messages": [{"content": "a", "n": 1}, {"content": [2]}, {"n": 3}, 4]},
+            {"messages": [{"content": "[redacted]", "n": 1}, {"content": "[redacted]"}, {"n": 3}, 4]},
+        ),
+        ("a[1]", {"a": [1, 2, 3]}, {"a": [1, "[redacted]", 3]}),
+        ("a[9].b", {"a": [1, 2, 3]}, {"a": [1, 2, 3]}),
+        ("[0].b", [{"b": 1}, {"b": 2}], [{"b": "[redacted]"}, {"b": 2}]),
+        ("$[*][*]", [[1, 2], 3], [["[redacted]", "[redacted]"], 3]),
+        (
+            "users.*.name",
+            {"users": {"u": {"name": 1}, "v": {"name": 2}}},
+            {"users": {"u": {"name": "[redacted]"}, "v": {"name": "[redacted]"}}},
+        ),
+        ("a.b", {"a": ["b"], "b": 1}, {"a": ["b"], "b": 1}),
+        ("first name", {"first name": "x"}, {"first name": "[redacted]"}),
+        ("a", '{"a": 1, "b": 2}', '{"a":"[redacted]","b":2}'),
+        ("a", b'{"a": 1, "b": 2}', '{"a":"[redacted]","b":2}'),
+        ("a", "a", "a"),
+    ],
+)
+def test_paths_name_places(path: str, body: Any, kept: Any) -> None:
+    assert json.loads(logged(body, Redaction(paths=(path,)))) == kept
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["", "$", "$..a", "a..b", "a.", ".", "a[", "a[-1]", "a[1:2]", "a['b']", 'a["b"]', "a[?(@.b)]", "$a", "a[*", "a*"],
+)
+def test_other_paths_are_refused(path: str) -> None:
+    with pytest.raises(InvalidSetting, match=r"redact\.paths: got .* expected a path such as"):
+        Redaction(paths=(path,))
+
+
+@pytest.mark.parametrize("pattern", ["(", "a*", "", "x|"])
+def test_patterns_that_cannot_be_used_are_refused(pattern: str) -> None:
+    with pytest.raises(InvalidSetting, match=r"redact\.patterns: got"):
+        Redaction(patterns=(pattern,))
+
+
+@pytest.mark.parametrize("name", ["headers", "paths", "patterns"])
+@pytest.mark.parametrize("given_as", ["abc", [1]])
+def test_one_text_is_not_several(name: str, given_as: Any) -> None:
+    with pytest.raises(InvalidSetting, match=rf"redact\.{name}: got"):
+        Redaction(**{name: given_as})
+
+
+def test_patterns_headers_and_secrets_add_up() -> None:
+    redact = Redaction(headers=("X-Session",), patterns=(r"\b\d{4}-\d{4}\b", "(?i)acme"))
+    body = {
+        "text": "card 1234-5678 of ACME, sk-0123456789abcdef",
+        "acme corp": 1,
+        "headers": {"x-session": "s", "Host": "h"},
+        "x-session": "only a header's name",
+        "password": "p",
+    }
+    assert json.loads(logged(body, redact)) == {
+        "text": "card [redacted] of [redacted], [redacted]",
+        "[redacted] corp": 1,
+        "headers": {"x-session": "[redacted]", "Host": "h"},
+        "x-session": "only a header's name",
+        "password": "[redacted]",
+    }
+    without = Redaction(patterns=("acme",), secrets=False)
+    assert json.loads(logged({"password": "p acme", "k": "sk-0123456789abcdef"}, without)) == {
+        "password": "p [redacted]",
+        "k": "sk-0123456789abcdef",
+    }
+
+
+def test_errors_are_texts_too() -> None:
+    assert masked_error(ValueError("Incorrect API key provided: sk-0123456789abcdef."), KEY, SECRETS) == (
+        "ValueError: Incorrect API key provided: [redacted]."
+    )
+
+
+def test_what_is_cut_was_redacted_before() -> None:
+    body = {"text": "sk-0123456789abcdef " * 10_000}
+    kept = json.loads(logged(body))
+    assert (kept["cut"], "sk-" in kept["start"], "[redacted]" in kept["start"]) == (True, False, True)
+    assert len(json.dumps(kept)) < MAX_LOGGED_BYTES < kept["bytes"]
+
+
+# In a meter
+
+
+class Broken(Redaction):
+    """One that fails on every text."""
+
+    def body(self, text: str) -> str:
+        raise RuntimeError(text)
+
+    def text(self, text: str) -> str:
+        raise RuntimeError(text)
+
+
+def test_a_body_that_cannot_be_redacted_is_not_kept_and_the_call_goes_well(open_meter: Callable[..., Meter]) -> None:
+    meter = open_meter(redact=Broken())
+    secret = meter.keys.create("acme", plan="pro").secret
+    for _ in range(2):
+        decision = meter.consume(
+            secret, line="a", idempotency_key="k", request={"q": HIDDEN}, response={"a": HIDDEN}, error=HIDDEN
+        )
+        assert decision.allowed
+    assert decision.response == {"a": HIDDEN}
+    [entry] = meter.log("acme")
+    why = "not kept: it could not be redacted (RuntimeError)"
+    assert (entry.request, entry.response, entry.error) == (
+        {"kept": False, "why": why},
+        {"kept": False, "why": why},
+        why,
+    )
+
+
+def test_a_body_nested_too_deep_is_no_error() -> None:
+    deep: Any = HIDDEN
+    for _ in range(100_000):
+        deep = [deep]
+    for body in (
+        deep,
+        "[" * 100_000,
+        '{"a":' * 300 + '{"password": "' + HIDDEN + '"}' + "}" * 300,
+        "[" * 600 + "]" * 600,
+    ):
+        assert HIDDEN not in logged(body)
+
+
+def test_the_log_is_redacted_and_neither_the_replay_nor_the_fingerprint(open_meter: Callable[..., Meter]) -> None:
+    meter = open_meter()
+    secret = meter.keys.create("acme", plan="pro").secret
+    said: dict[str, Any] = {"line": "a", "idempotency_key": "k", "response": {"access_token": HIDDEN}}
+    meter.consume(secret, request={"password": "one"}, **said)
+    again = meter.consume(secret, request={"password": "one"}, **said)
+    assert (again.replayed, again.response) == (True, {"access_token": HIDDEN})
+    with pytest.raises(IdempotencyConflict):
+        meter.consume(secret, request={"password": "another"}, **said)
+    [entry] = meter.log("acme")
+    assert (entry.request, entry.response) == ({"password": "[redacted]"}, {"access_token": "[redacted]"})
+
+
+def test_holds_are_redacted_too(open_meter: Callable[..., Meter]) -> None:
+    meter = open_meter(redact=Redaction(paths=("q",)))
+    secret = meter.keys.create("acme", plan="pro").secret
+    with meter.reserve(secret, line="a", estimate=TokenUsage(), request={"q": HIDDEN}) as hold:
+        hold.settle(TokenUsage(), response={"secret": HIDDEN})
+    with pytest.raises(ValueError, match="token"), meter.reserve(secret, line="a", request={"q": HIDDEN}):
+        raise ValueError(f"access_token={HIDDEN}")
+    released, settled = meter.log("acme")
+    assert (settled.request, settled.response) == ({"q": "[redacted]"}, {"secret": "[redacted]"})
+    assert (released.request, released.error) == ({"q": "[redacted]"}, "ValueError: access_token=[redacted]")
+
+
+@on_a_loop
+async def test_an_async_meter_takes_it_too(ledger_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METERING_LEDGER_URL", ledger_url)
+    with Meter.from_env(redact=Redaction(paths=("q",))) as meter:
+        secret = meter.keys.create("acme", plan="pro").secret
+        meter.consume(secret, line="a", request={"q": HIDDEN})
+    async with AsyncMeter.from_env(redact=Redaction(paths=("q",))) as asynchronous:
+        await asynchronous.consume(secret, line="a", request={"q": HIDDEN})
+        async with asynchronous.reserve(secret, line="a", request={"q": HIDDEN}) as hold:
+            await hold.settle(response={"q": HIDDEN})
+        assert [entry.request for entry in await asynchronous.log("acme")] == [{"q": "[redacted]"}] * 3
+    for meter_of in (Meter, AsyncMeter):
+        with pytest.raises(InvalidSetting, match="redact: got 'dict', expected a Redaction"):
+            meter_of(ledger_url, redact={"paths": ["q"]})  # type: ignore[arg-type]
+
+
+# On the way
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Another writer holds the ledger."""
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    yield
+    other.execute("ROLLBACK")
+    other.close()
+
+
+def spooled(tmp_path: Path) -> bytes:
+    """What lies in the files of the spool: the last word of each line, which is base64."""
+    files = [file for file in (tmp_path / "spool").rglob("*") if file.is_file()]
+    lines = b"\n".join(file.read_bytes() for file in files).splitlines()
+    return b"".join(base64.b64decode(line.split()[-1]) for line in lines if len(line.split()) > 3)
+
+
+def test_the_spool_has_it_redacted(open_meter: Callable[..., Meter], tmp_path: Path) -> None:
+    meter = open_meter(timeout_s=0.1, spool=tmp_path / "spool")
+    secret = meter.keys.create("acme", plan="pro").secret
+    hold = meter.reserve(secret, line="a", request={"password": HIDDEN})
+    with locked(meter.ledger.path):
+        assert hold.settle(response={"api_key": HIDDEN}).pending
+        found = spooled(tmp_path)
+    assert b"[redacted]" in found
+    assert HIDDEN.encode() not in found
+    meter.flush()
+    assert meter.log("acme")[0].response == {"api_key": "[redacted]"}
+
+
+def test_what_goes_by_the_spool_beside_redis_is_redacted(ledger_url: str, tmp_path: Path) -> None:
+    with RedisServer() as server, Meter(ledger_url, quota_url=server.url, spool=tmp_path / "spool") as meter:
+        secret = meter.keys.create("acme", plan="pro").secret
+        assert meter.consume(secret, line="a", request={"password": HIDDEN}, response={"secret": HIDDEN}).allowed
+        found = spooled(tmp_path)
+        meter.flush()
+        Drain(meter.ledger, meter._redis.link).run()  # type: ignore[union-attr]
+        [entry] = meter.log("acme")
+    assert (entry.request, entry.response) == ({"password": "[redacted]"}, {"secret": "[redacted]"})
+    assert b"[redacted]" in found
+    assert HIDDEN.encode() not in found
