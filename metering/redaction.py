@@ -55,7 +55,7 @@ class Redaction:
     from 0, `[*]` for all items of a list, `.*` for all values of a mapping. `$` for the body may be left out. No other
     JSONPath, and no names with one of `.[]*"'$` in them."""
     patterns: tuple[str, ...] = ()
-    """Regular expressions of `re`: each match in a text or a key is not kept."""
+    """Regular expressions of `re`: what they match in a text or a key is not kept."""
     secrets: bool = True
     """Whether secrets are told by the names of headers (`Authorization`, `Cookie`, `x-api-key`, ...) and of keys
     (`password`, `api_key`, `access_token`, ...), and by how they look (`sk-...`, `Bearer ...`, private keys, JWTs)."""
@@ -100,7 +100,7 @@ class Redaction:
         def hide(text: str) -> str:
             spans = secrets_in(text, words) if words else []
             for pattern in own:
-                spans += [match.span() for match in pattern.finditer(text)]
+                spans += [match.span() for match in pattern.finditer(text) if match[0]]
             return _without(text, spans) if spans else text
 
         return hide
@@ -109,25 +109,17 @@ class Redaction:
         if isinstance(value, str):
             return self._inside(value) if _may_be_json(value) else hide(value)
         if isinstance(value, dict):
-            return {
-                hide(name): REDACTED
-                if self._hides(name, item, in_headers=in_headers)
-                else self._walked(item, hide, in_headers=_squeezed(name).endswith("headers"))
-                for name, item in value.items()
-            }
+            return {hide(name): self._under(name, item, hide, in_headers=in_headers) for name, item in value.items()}
         if isinstance(value, list):
             if _are_pairs(value):
-                return [
-                    [
-                        hide(name),
-                        REDACTED
-                        if self._hides(name, item, in_headers=True)
-                        else self._walked(item, hide, in_headers=_squeezed(name).endswith("headers")),
-                    ]
-                    for name, item in value
-                ]
+                return [[hide(name), self._under(name, item, hide, in_headers=True)] for name, item in value]
             return [self._walked(item, hide, in_headers=in_headers) for item in value]
         return value
+
+    def _under(self, name: str, value: Any, hide: Callable[[str], str], *, in_headers: bool) -> Any:
+        if self._hides(name, value, in_headers=in_headers):
+            return REDACTED
+        return self._walked(value, hide, in_headers=_squeezed(name).endswith("headers"))
 
     def _hides(self, name: str, value: object, *, in_headers: bool) -> bool:
         if value is None or isinstance(value, bool):  # `"secret": false` tells none
@@ -163,14 +155,10 @@ def _steps(path: str) -> _Steps:
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
-    expected = "a regular expression that never matches an empty text"
     try:
-        compiled = re.compile(pattern)
+        return re.compile(pattern)
     except re.error as exc:
-        raise InvalidSetting("redact.patterns", pattern, f"{expected} ({exc})") from None
-    if compiled.search(""):
-        raise InvalidSetting("redact.patterns", pattern, expected)
-    return compiled
+        raise InvalidSetting("redact.patterns", pattern, f"a regular expression ({exc})") from None
 
 
 def _redact_at(value: Any, places: Iterable[_Steps]) -> None:

@@ -238,10 +238,9 @@ def test_other_paths_are_refused(path: str) -> None:
         Redaction(paths=(path,))
 
 
-@pytest.mark.parametrize("pattern", ["(", "a*", "", "x|"])
-def test_patterns_that_cannot_be_used_are_refused(pattern: str) -> None:
-    with pytest.raises(InvalidSetting, match=r"redact\.patterns: got"):
-        Redaction(patterns=(pattern,))
+def test_a_pattern_that_is_none_is_refused() -> None:
+    with pytest.raises(InvalidSetting, match=r"redact\.patterns: got '\(', expected a regular expression"):
+        Redaction(patterns=("(",))
 
 
 @pytest.mark.parametrize("name", ["headers", "paths", "patterns"])
@@ -252,7 +251,7 @@ def test_one_text_is_not_several(name: str, given_as: Any) -> None:
 
 
 def test_patterns_headers_and_secrets_add_up() -> None:
-    redact = Redaction(headers=("X-Session",), patterns=(r"\b\d{4}-\d{4}\b", "(?i)acme"))
+    redact = Redaction(headers=("X-Session",), patterns=(r"\b\d{4}-\d{4}\b", "(?i)acme", "z*"))
     body = {
         "text": "card 1234-5678 of ACME, sk-0123456789abcdef",
         "acme corp": 1,
