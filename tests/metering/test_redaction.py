@@ -181,6 +181,32 @@ def test_what_only_sounds_like_a_secret_is_kept(body: Any) -> None:
     assert json.loads(logged(body)) == body
 
 
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("grant_type=password&password=hunter2&user=x", "grant_type=password&password=[redacted]&user=x"),
+        ("Holder(user='u', api_keys='p \\' w')", "Holder(user='u', api_keys=[redacted])"),
+        ('data: {"client_secret": "a\\"b", "n": 1', 'data: {"client_secret": [redacted], "n": 1'),
+        ('{\\"api_key\\":\\"a b\\n\\", \\"n\\": 1', '{\\"api_key\\":[redacted], \\"n\\": 1'),
+        ("Authorization: Bearer sk-0123456789abcdef\r\nHost: h", "Authorization: [redacted]\r\nHost: h"),
+        ("GET /\nSet-Cookie: a=b; c=d\nHost: h", "GET /\nSet-Cookie: [redacted]\nHost: h"),
+        ("İ: sk-0123456789abcdef!", "İ: [redacted]!"),
+        ("tsk_0123456789abcdef,ghp_0123456789abcdef", "[redacted],[redacted]"),
+        ("-----BEGIN PRIVATE KEY-----\nMIIE", "[redacted]"),
+    ],
+)
+def test_texts_are_read_as_people_would(text: str, kept: str) -> None:
+    assert SECRETS.text(text) == kept
+    assert json.loads(logged({"a": [f"{text}"]})) == {"a": [kept]}
+
+
+def test_keys_of_several_secrets() -> None:
+    assert json.loads(logged({"API_KEYS": ["a"], "passwords": {"b": 1}})) == {
+        "API_KEYS": "[redacted]",
+        "passwords": "[redacted]",
+    }
+
+
 def test_a_text_of_many_beginnings_takes_no_time() -> None:
     """What is quadratic here would hold up an event loop for minutes."""
     for piece in (
@@ -347,11 +373,13 @@ def test_holds_are_redacted_too(open_meter: Callable[..., Meter]) -> None:
     meter = open_meter(redact=Redaction(paths=("q",)))
     secret = meter.keys.create("acme", plan="pro").secret
     with meter.reserve(secret, line="a", estimate=TokenUsage(), request={"q": HIDDEN}) as hold:
-        hold.settle(TokenUsage(), response={"secret": HIDDEN})
+        kept = hold.keeping(hold.real_cost(TokenUsage()), response={"q": HIDDEN}, reply={"q": HIDDEN}).bodies
+        hold.settle(TokenUsage(), response={"q": HIDDEN})
     with pytest.raises(ValueError, match="token"), meter.reserve(secret, line="a", request={"q": HIDDEN}):
         raise ValueError(f"access_token={HIDDEN}")
     released, settled = meter.log("acme")
-    assert (settled.request, settled.response) == ({"q": "[redacted]"}, {"secret": "[redacted]"})
+    assert (settled.request, settled.response) == ({"q": "[redacted]"}, {"q": "[redacted]"})
+    assert (kept.request, kept.response, kept.replay) == ('{"q":"[redacted]"}', '{"q":"[redacted]"}', None)
     assert (released.request, released.error) == ({"q": "[redacted]"}, "ValueError: access_token=[redacted]")
 
 
