@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -27,13 +26,14 @@ MAX_NUMBER = 2**31 - 1
 Period = Annotated[
     str | None, typer.Option(help="The month the billing periods start in, YYYY-MM; last month unless said.")
 ]
-
-
-class Subject(StrEnum):
-    """What can be verified."""
-
-    rollups = "rollups"
-    invoice = "invoice"
+Final = Annotated[
+    bool, typer.Option("--final", help="Close the period of each account, and number its invoice. That stays as it is.")
+]
+Override = Annotated[
+    str | None, typer.Option(help="With --final: why it is closed though something speaks against it.")
+]
+Actor = Annotated[str | None, typer.Option(help="Who, for the ledger; the system's user unless said.")]
+Reason = Annotated[str, typer.Option(help="Why, for the ledger.")]
 
 
 @app.command("aggregate-usage")
@@ -45,19 +45,19 @@ def aggregate_usage() -> None:
 
 
 @app.command("bill-period")
-def bill_period(period: Period = None) -> None:
-    """Write invoices and the index page of a period that is already aggregated."""
+def bill_period(period: Period = None, final: Final = False, override: Override = None, actor: Actor = None) -> None:
+    """Write invoices and the index page of a period that is already aggregated: drafts, or final ones."""
     from flows.bill_period import bill_period as flow
 
-    sys.exit(call(flow, period=period))
+    sys.exit(call(flow, period=period, final=final, override=override, actor=actor))
 
 
 @app.command("billing-cycle")
-def billing_cycle(period: Period = None) -> None:
-    """Aggregate, then bill a period."""
+def billing_cycle(period: Period = None, final: Final = False, override: Override = None, actor: Actor = None) -> None:
+    """Aggregate, reconcile where a plan asks for it, then bill a period."""
     from flows.billing_cycle import billing_cycle as flow
 
-    sys.exit(call(flow, period=period))
+    sys.exit(call(flow, period=period, final=final, override=override, actor=actor))
 
 
 @app.command("drain-events")
@@ -141,7 +141,7 @@ def reconcile_apply(
     verdict: Annotated[
         list[str] | None, typer.Option(help="Only runs of this verdict; may be given more than once.")
     ] = None,
-    actor: Annotated[str | None, typer.Option(help="Who, for the ledger; the system's user unless said.")] = None,
+    actor: Actor = None,
 ) -> None:
     """Book the corrections that a reconciliation proposed, each run's once; says which are refused, and why."""
     from flows.places import Places
@@ -172,8 +172,8 @@ def reconcile_apply(
 @app.command()
 def recost(
     period: Annotated[str, typer.Option(help="The month the billing periods start in, YYYY-MM.")],
-    reason: Annotated[str, typer.Option(help="Why, for the ledger.")],
-    actor: Annotated[str | None, typer.Option(help="Who, for the ledger; the system's user unless said.")] = None,
+    reason: Reason,
+    actor: Actor = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would change.")] = False,
 ) -> None:
     """Cost a period's events anew by the installed prices, and make the warehouse anew; says what changes."""
@@ -183,18 +183,32 @@ def recost(
 
 
 @app.command()
-def verify(subject: Subject, period: Period = None) -> None:
-    """Compute again from the ledger's own events, and compare with the rollups or with the invoice files."""
+def verify(
+    subject: Annotated[
+        str, typer.Argument(metavar="rollups|invoice|closes|NUMBER", help="What to verify; a NUMBER as INV-000001.")
+    ],
+    period: Period = None,
+) -> None:
+    """Compute again, and compare.
+
+    The rollups and the invoice files of a period with the ledger's own events; a final document with what was frozen
+    for it, and its files with the digests they were issued with; the chain of closes, with all that they froze.
+    """
     from flows.places import Places, billed_month
     from metering.clock import utc_now
-    from tasks.verify import invoice_differences, rollup_differences
+    from tasks.verify import close_differences, document_differences, invoice_differences, rollup_differences
 
     def compare() -> list[str]:
         places = Places.from_env()
-        month = billed_month(period, utc_now())
-        if subject is Subject.rollups:
-            return rollup_differences(places.ledger_url, places.warehouse, month)
-        return invoice_differences(places.ledger_url, places.out, month)
+        match subject:
+            case "rollups":
+                return rollup_differences(places.ledger_url, places.warehouse, billed_month(period, utc_now()))
+            case "invoice":
+                return invoice_differences(places.ledger_url, places.out, billed_month(period, utc_now()))
+            case "closes":
+                return close_differences(places.ledger_url)
+            case _:
+                return document_differences(places.ledger_url, places.out, subject)
 
     differences: list[str] = []
     status = call(lambda: differences.extend(compare()))
@@ -203,6 +217,89 @@ def verify(subject: Subject, period: Period = None) -> None:
     if status == 0 and not differences:
         print(f"{subject}: no differences")
     sys.exit(status or (1 if differences else 0))
+
+
+@app.command()
+def explain(
+    invoice: Annotated[str, typer.Argument(metavar="INVOICE", help="The number of a final document.")],
+    item: Annotated[str, typer.Argument(metavar="ITEM", help="The id of one of its items, as in its CSV and JSON.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each event, not CSV.")] = False,
+) -> None:
+    """The events that an item bills, with the idempotency keys they came with, and what each adds."""
+    from flows.places import Places
+    from tasks.explain import explain_item
+
+    def show() -> None:
+        places = Places.from_env()
+        explained = explain_item(places.ledger_url, places.warehouse, invoice, item)
+        for line in explained.lines(as_json=as_json):
+            print(line)
+        said = f"{len(explained.events):,} events of {explained.period}, {explained.quantity:f} {explained.item.metric}"
+        print(f"{said}: {explained.item.description}", file=sys.stderr)
+
+    sys.exit(call(show))
+
+
+@app.command()
+def rerate(
+    plan: Annotated[Path, typer.Option(help="A plans.toml with other prices.")],
+    period: Period = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+) -> None:
+    """What other prices would have made of a period, account by account. Writes nothing."""
+    from flows.places import Places, billed_month
+    from metering.clock import utc_now
+    from metering.console import show
+    from metering.plans import parse_plans
+    from tasks.rerate import rerate_period, rerated_rows
+
+    def compare() -> None:
+        places, now = Places.from_env(), utc_now()
+        other = parse_plans(plan.read_text(encoding="utf-8"))
+        found = rerate_period(places.ledger_url, places.warehouse, billed_month(period, now), other, now)
+        show(rerated_rows(found), as_json)
+
+    sys.exit(call(compare))
+
+
+@app.command()
+def void(
+    invoice: Annotated[str, typer.Argument(metavar="INVOICE", help="The number of a final invoice.")],
+    reason: Reason,
+    actor: Actor = None,
+) -> None:
+    """Take an invoice back by a new document, and print its number. What it billed is on the account's next invoice."""
+    from flows.places import MAX_REASON, Places, stated
+    from metering.cli.shared import actor as user
+    from metering.clock import utc_now
+    from tasks.closing import void_invoice
+
+    def do() -> list[str]:
+        why = stated("reason", reason, MAX_REASON)
+        return [void_invoice(Places.from_env().ledger_url, invoice, utc_now(), actor=actor or user(), reason=why)]
+
+    sys.exit(call(do))
+
+
+@app.command()
+def credit(
+    invoice: Annotated[str, typer.Argument(metavar="INVOICE", help="The number of a final invoice.")],
+    reason: Reason,
+    actor: Actor = None,
+) -> None:
+    """Give back now what was billed too much of an invoice's period, and print the number of the credit note."""
+    from flows.places import MAX_REASON, Places, stated
+    from metering.cli.shared import actor as user
+    from metering.clock import utc_now
+    from tasks.closing import credit_invoice
+
+    def do() -> list[str]:
+        places, why = Places.from_env(), stated("reason", reason, MAX_REASON)
+        return [
+            credit_invoice(places.ledger_url, places.warehouse, invoice, utc_now(), actor=actor or user(), reason=why)
+        ]
+
+    sys.exit(call(do))
 
 
 if __name__ == "__main__":

@@ -21,10 +21,13 @@ __all__ = ["billing_cycle"]
 
 
 @flow
-def billing_cycle(period: str | None = None) -> Path:
+def billing_cycle(
+    period: str | None = None, final: bool = False, override: str | None = None, actor: str | None = None
+) -> Path:
     """Run the jobs of one period (`YYYY-MM`, last month unless said) in order. Returns the index page's path.
 
-    Raises what they raise; a period that is not a month before anything is done.
+    `final` closes it, as `bill_period` does. Raises what the jobs raise; a period that is not a month before anything
+    is done.
     """
     now = utc_now()
     month = billed_month(period, now)
@@ -32,7 +35,7 @@ def billing_cycle(period: str | None = None) -> Path:
     places = Places.from_env()
     if is_asked_for(places.ledger_url, month, now):
         reconcile_period(places, month, now)
-    return bill_period(month)
+    return bill_period(month, final=final, override=override, actor=actor)
 
 
 if __name__ == "__main__":

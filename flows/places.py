@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
-from metering.errors import InvalidSetting
+from metering import checks
+from metering.errors import InvalidEvent, InvalidSetting
 from metering.ledger import Ledger
 from metering.settings import Settings
 from metering.windows import period_of_month
@@ -14,7 +15,9 @@ from metering.windows import period_of_month
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["Places", "billed_month"]
+__all__ = ["MAX_REASON", "Places", "billed_month", "stated"]
+
+MAX_REASON = 1_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +45,14 @@ def billed_month(period: str | None, now: datetime) -> str:
     except InvalidSetting as exc:
         raise InvalidSetting("period", period, exc.expected) from None
     return period
+
+
+def stated(field: str, value: str, max_length: int) -> str:
+    """What somebody says of an act, checked to be a text. Raises `InvalidSetting`."""
+    try:
+        return checks.text(field, value, max_length)
+    except InvalidEvent as exc:
+        raise InvalidSetting(field, value, exc.expected) from None
 
 
 def _previous_month(now: datetime) -> str:

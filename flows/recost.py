@@ -5,18 +5,15 @@ from __future__ import annotations
 from prefect import flow
 
 from flows.command import run
-from flows.places import Places, billed_month
-from metering import checks
+from flows.places import MAX_REASON, Places, billed_month, stated
 from metering.cli.shared import actor as user
 from metering.clock import utc_now
-from metering.errors import InvalidEvent, InvalidSetting
+from metering.events import MAX_NAME
 from tasks.costs import cost_events
 from tasks.rebuild import rebuild_warehouse
 from tasks.recost import Act, CostChange, recost_period
 
 __all__ = ["recost"]
-
-MAX_REASON = 1_000
 
 
 @flow
@@ -29,8 +26,8 @@ def recost(period: str, reason: str, actor: str | None = None, dry_run: bool = F
     now = utc_now()
     act = Act(
         period=billed_month(period, now),
-        reason=_checked("reason", reason, MAX_REASON),
-        actor=_checked("actor", actor or user(), 255),
+        reason=stated("reason", reason, MAX_REASON),
+        actor=stated("actor", actor or user(), MAX_NAME),
         made_at=now,
     )
     places = Places.from_env()
@@ -40,13 +37,6 @@ def recost(period: str, reason: str, actor: str | None = None, dry_run: bool = F
     if not dry_run:
         rebuild_warehouse(places.ledger_url, places.warehouse)
     return changes
-
-
-def _checked(field: str, value: str, max_length: int) -> str:
-    try:
-        return checks.text(field, value, max_length)
-    except InvalidEvent as exc:
-        raise InvalidSetting(field, value, exc.expected) from None
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ MeteringError
 │   ├── UnknownKey
 │   ├── UnknownEvent
 │   ├── UnknownReconciliation
+│   ├── UnknownInvoice
 │   ├── UnknownProvider     a provider whose rate limits are not known here
 │   └── UnknownEncoding     no tokenizer for a model, or no table of it on this machine
 ├── Conflict
@@ -22,7 +23,9 @@ MeteringError
 │   ├── IdempotencyConflict the key was used with another request
 │   ├── IdempotencyInProgress
 │   ├── SettleConflict      the hold was settled before, with other usage
-│   └── CorrectionConflict  the fact changed since it was read
+│   ├── CorrectionConflict  the fact changed since it was read
+│   ├── PeriodClosed        a billing period that is closed already
+│   └── InvoiceConflict     a final document that this cannot be done to, or that is not what was written
 ├── RevokedKey              revoked, or its grace time after a rotation is over
 ├── LimitExceeded           carries the decision
 ├── Replayed                carries the stored response
@@ -64,12 +67,14 @@ __all__ = [
     "InvalidReport",
     "InvalidSetting",
     "InvalidUsage",
+    "InvoiceConflict",
     "KeyRefused",
     "LedgerError",
     "LimitExceeded",
     "MeteringError",
     "NoProviderKey",
     "NotFound",
+    "PeriodClosed",
     "ProbeFailed",
     "ProbeTimeout",
     "ProviderLimited",
@@ -83,6 +88,7 @@ __all__ = [
     "UnknownAccount",
     "UnknownEncoding",
     "UnknownEvent",
+    "UnknownInvoice",
     "UnknownKey",
     "UnknownPlan",
     "UnknownProvider",
@@ -198,6 +204,14 @@ class UnknownReconciliation(NotFound):
         self.number = number
 
 
+class UnknownInvoice(NotFound):
+    """No final document of that number."""
+
+    def __init__(self, number: str) -> None:
+        super().__init__(f"{number!r} is not the number of a final document, such as INV-000001")
+        self.number = number
+
+
 class UnknownProvider(NotFound):
     """A provider whose rate limits are not known here."""
 
@@ -259,6 +273,24 @@ class SettleConflict(Conflict):
 
 class CorrectionConflict(Conflict):
     """The fact to correct has changed since it was read."""
+
+
+class PeriodClosed(Conflict):
+    """The billing period is closed: what comes late is billed with the account's next invoice."""
+
+    def __init__(self, account: str, period: str) -> None:
+        super().__init__(f"period {period} of account {account!r} is closed already")
+        self.account = account
+        self.period = period
+
+
+class InvoiceConflict(Conflict):
+    """A final document that this cannot be done to, or that is not what was written."""
+
+    def __init__(self, number: str, problem: str) -> None:
+        super().__init__(f"{number}: {problem}")
+        self.number = number
+        self.problem = problem
 
 
 class RevokedKey(MeteringError):

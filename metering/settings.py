@@ -32,6 +32,8 @@ class Settings:
     """METERING_PLANS: plans and rates. Not set and no `plans.toml` in the working folder: the four default plans."""
     credentials: Path | None = None
     """METERING_CREDENTIALS: whom to probe. Not set: `credentials.toml` in the working folder, if it is there."""
+    issuer: str = "INV"
+    """METERING_ISSUER: what final documents are numbered under, such as `INV-000001`."""
     quota_url: str | None = None
     """METERING_QUOTA_URL: `redis://`, `rediss://` or `redis+cluster://` puts admissions on Redis."""
     timeout_s: float = 5.0
@@ -84,6 +86,7 @@ class Settings:
             warehouse=Path(environ.get("METERING_WAREHOUSE") or home / "warehouse.duckdb"),
             plans=Path(plans or "plans.toml"),
             credentials=Path(credentials) if credentials else None,
+            issuer=environ.get("METERING_ISSUER") or "INV",
             quota_url=quota_url,
             timeout_s=5.0 if quota_url is not None or timeout_ms is None else timeout_ms / 1000,
             quota_timeout_s=0.25 if timeout_ms is None else timeout_ms / 1000,

@@ -31,13 +31,19 @@ CSV_COLUMNS = (
     "exact_amount",
     "amount",
     "currency",
+    "number",
+    "kind",
+    "names",
+    "already_billed",
 )
+TITLES = {"invoice": "Invoice", "void": "Void", "credit_note": "Credit note"}
 
 
 def invoice_html(invoice: Invoice) -> str:
     """The invoice as one self-contained page, to read on a screen or print on A4."""
     return page(
         "invoice.html",
+        title=TITLES[invoice.kind],
         invoice=invoice,
         items=[(item, rate_words(item.rate, invoice.currency) if item.rate else None) for item in invoice.items],
         usage=_usage_rows(invoice.usage),
@@ -68,6 +74,10 @@ def _csv_row(invoice: Invoice, item: InvoiceItem) -> tuple[str, ...]:
         plain(item.exact_amount),
         plain(item.amount, digits),
         cell(invoice.currency),
+        cell(invoice.number),
+        cell(invoice.kind),
+        cell(invoice.names),
+        "" if item.already_billed is None else plain(item.already_billed, digits),
     )
 
 

@@ -3,40 +3,51 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
+from contextlib import closing
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from prefect import task
 
-from metering.accounts import list_accounts
-from metering.billing.invoices import Invoice, UsageSum, build_invoice
+from metering.billing.closing import composed
+from metering.billing.invoices import Invoice
 from metering.clock import utc_now
 from metering.errors import InvalidPlan, MeteringError, UnpricedUsage
-from metering.events import TOKEN_FIELDS
-from metering.ledger import Ledger, plan_versions
-from metering.windows import period_of_month
+from metering.ledger import Ledger
+from metering.ledger.closing import billed_of, documents_of
 from reports.invoice import invoice_csv, invoice_html
 from reports.summary import AccountRow, ModelRow, PeriodSummary, UsageDay, summary_html
 from tasks.costs import knows_price, price_version
 from tasks.out import period_folder, write_file
+from tasks.periods import late_inputs, loaded, open_inputs, plans_of, rows
 from tasks.warehouse import check_recost, newest_recost, open_for_reading, sql
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     import duckdb
+    import sqlalchemy as sa
 
+    from metering.billing.closing import PeriodInputs
+    from metering.billing.invoices import UsageSum
+    from metering.ledger.closing import FinalDocument
     from metering.plans import Plan
+    from tasks.periods import Loaded
 
-__all__ = ["Bills", "build_bills", "file_stem", "invoice_files", "usage_sums", "write_index", "write_invoices"]
+__all__ = [
+    "Bills",
+    "build_bills",
+    "cause_of",
+    "check_costs",
+    "file_stem",
+    "invoice_files",
+    "write_index",
+    "write_invoices",
+]
 
 LONGEST_FILE_NAME = 150
-INSTANT = timedelta(microseconds=1)
-AMOUNTS = ("requests", "quantity", *TOKEN_FIELDS, "cost", "unpriced_requests")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,16 +61,19 @@ class Bills:
 
 @task
 def write_invoices(ledger_url: str, warehouse: Path, out: Path, period: str) -> list[tuple[str, str]]:
-    """Write the period's invoices as JSON, CSV and HTML under `out`; returns (account, reason) of those not billed.
+    """Write the period's documents as JSON, CSV and HTML under `out`; returns (account, reason) of those not billed.
 
-    Files of invoices that are no longer there go. Raises `WarehouseError`, `ReportError`.
+    Final documents of accounts whose period is closed, drafts of the others. Files that are neither go. Raises
+    `WarehouseError`, `ReportError`.
     """
-    with open_for_reading(warehouse) as connection:
-        check_recost(connection, _newest_recost(ledger_url))
-        usage = usage_sums(connection, period)
-    bills = build_bills(ledger_url, usage, period)
+    with closing(Ledger(ledger_url)) as ledger, open_for_reading(warehouse) as connection, ledger.read() as known:
+        check_costs(known, connection)
+        bills = build_bills(known, loaded(connection, period), period, late_inputs(known, connection))
+        finals = documents_of(known, period=period)
     with period_folder(out, period) as folder:
         current = set()
+        for final in finals:
+            current |= _write_final(folder / "invoices", final)
         for invoice in bills.invoices:
             for name, content in invoice_files(invoice).items():
                 write_file(folder / "invoices" / name, content)
@@ -70,12 +84,37 @@ def write_invoices(ledger_url: str, warehouse: Path, out: Path, period: str) -> 
     return list(bills.problems)
 
 
+def _write_final(folder: Path, final: FinalDocument) -> set[str]:
+    """Write those files of a final document that are not there as they were issued; the names of all."""
+    files = {
+        f"{final.number}.{kind}": digest
+        for kind, digest in (
+            ("json", final.document_digest),
+            ("csv", final.csv_digest),
+            ("html", final.html_digest),
+        )
+    }
+    kept = {name for name, digest in files.items() if _digest_of(folder / name) == digest}
+    if files.keys() != kept:
+        for name, content in invoice_files(final.invoice).items():
+            if name not in kept:
+                write_file(folder / name, content)
+    return set(files)
+
+
+def _digest_of(path: Path) -> str | None:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except FileNotFoundError:
+        return None
+
+
 @task
 def write_index(warehouse: Path, out: Path, period: str, problems: list[tuple[str, str]]) -> Path:
     """Write the index page of the invoices under `out`; returns its path. Raises `WarehouseError`, `ReportError`."""
     with open_for_reading(warehouse) as connection:
-        days = tuple(UsageDay(**row) for row in _rows(connection, "usage_by_day", period))
-        models = tuple(ModelRow(**row) for row in _rows(connection, "usage_by_model", period))
+        days = tuple(UsageDay(**row) for row in rows(connection, "usage_by_day", period))
+        models = tuple(ModelRow(**row) for row in rows(connection, "usage_by_model", period))
     with period_folder(out, period) as folder:
         invoices = [Invoice.from_json(path.read_bytes()) for path in (folder / "invoices").glob("*.json")]
         summary = PeriodSummary(
@@ -90,51 +129,38 @@ def write_index(warehouse: Path, out: Path, period: str, problems: list[tuple[st
     return page
 
 
-def build_bills(ledger_url: str, usage: Mapping[str, Iterable[UsageSum]], period: str) -> Bills:
-    """Price each account's usage.
+def build_bills(
+    connection: sa.Connection, known: Loaded, period: str, late: Mapping[str, Sequence[PeriodInputs]]
+) -> Bills:
+    """The drafts of each account whose period is open, with what came late for closed ones.
 
-    No invoice for an account with nothing to pay and no usage, nor for one that began later and has no usage.
+    None for an account with nothing to pay and no usage, nor for one that began later and has no usage.
     """
     invoices: list[Invoice] = []
     problems: list[tuple[str, str]] = []
-    ledger = Ledger(ledger_url)
-    try:
-        with ledger.read() as connection:
-            plans = {version.plan_version: version.plan for version in plan_versions.versions(connection)}
-            for account in list_accounts(connection, utc_now()):
-                window = period_of_month(period, time_zone=account.time_zone, anchor_day=account.anchor_day)
-                began_later = account.active_from is not None and account.active_from >= window.end
-                # A correction may have taken all of a group back.
-                used = [row for row in usage.get(account.account, ()) if any(getattr(row, name) for name in AMOUNTS)]
-                if began_later and not used:
-                    continue
-                in_force = plan_versions.in_force(connection, account.account, window.end - INSTANT)
-                assert in_force is not None
-                try:
-                    invoice = build_invoice(
-                        account=account.account,
-                        name=account.name,
-                        address=account.address,
-                        plans=plans,
-                        plan_version=in_force.plan_version,
-                        period=period,
-                        period_start=window.start,
-                        period_end=window.end,
-                        time_zone=account.time_zone,
-                        usage=used,
-                        active_from=account.active_from,
-                    )
-                except MeteringError as exc:
-                    problems.append((account.account, str(_cause(exc, plans, used))))
-                    continue
-                if invoice.usage or invoice.total:
-                    invoices.append(invoice)
-    finally:
-        ledger.close()
+    plans = plans_of(connection)
+    for inputs in open_inputs(connection, known, period, utc_now()):
+        account = inputs.account
+        try:
+            invoices += composed(inputs, late.get(account, ()), plans, billed_of(connection, account))
+        except MeteringError as exc:
+            problems.append((account, str(cause_of(exc, plans, inputs.usage))))
     return Bills(invoices=tuple(invoices), problems=tuple(problems))
 
 
-def _cause(error: MeteringError, plans: Mapping[int, Plan], usage: Iterable[UsageSum]) -> MeteringError:
+def check_costs(connection: sa.Connection, warehouse: duckdb.DuckDBPyConnection) -> int:
+    """The ledger's newest recost. Raises `WarehouseError` where costs have changed since they were loaded."""
+    newest = newest_recost_of(connection)
+    check_recost(warehouse, newest)
+    return newest
+
+
+def newest_recost_of(connection: sa.Connection) -> int:
+    """The number of the ledger's newest recost, 0 for none. Raises `WarehouseError` where it has not ended."""
+    return newest_recost([tuple(row) for row in connection.exec_driver_sql(sql("newest_recost"))])
+
+
+def cause_of(error: MeteringError, plans: Mapping[int, Plan], usage: Iterable[UsageSum]) -> MeteringError:
     """Usage may be without a price because a plan names one that there is not."""
     for row in usage if isinstance(error, UnpricedUsage) else ():
         plan = plans[row.plan_version]
@@ -148,7 +174,7 @@ def _cause(error: MeteringError, plans: Mapping[int, Plan], usage: Iterable[Usag
 
 
 def invoice_files(invoice: Invoice) -> dict[str, bytes]:
-    """The files an invoice is written as, by name."""
+    """The files a document is written as, by name."""
     stem = file_stem(invoice)
     return {
         f"{stem}.json": invoice.to_json(),
@@ -158,34 +184,16 @@ def invoice_files(invoice: Invoice) -> dict[str, bytes]:
 
 
 def file_stem(invoice: Invoice) -> str:
-    """The name of an invoice's files: its reference, made safe; a long one is cut and told apart by a digest."""
+    """The name of a document's files: its number, or of a draft its reference; a second one's with its currency.
+
+    It is made safe; a long one is cut and told apart by a digest.
+    """
+    if invoice.number is not None:
+        return invoice.number
     name = quote(invoice.reference, safe=" ")
     if len(name) <= LONGEST_FILE_NAME:
         return name
     return f"{name[:LONGEST_FILE_NAME]}-{hashlib.sha256(invoice.reference.encode()).hexdigest()[:16]}"
-
-
-def usage_sums(connection: duckdb.DuckDBPyConnection, period: str) -> dict[str, list[UsageSum]]:
-    """Billable usage of a period, by account."""
-    sums: defaultdict[str, list[UsageSum]] = defaultdict(list)
-    for row in _rows(connection, "usage_sums", period):
-        sums[row.pop("account")].append(UsageSum(**row))
-    return sums
-
-
-def _newest_recost(ledger_url: str) -> int:
-    ledger = Ledger(ledger_url)
-    try:
-        with ledger.read() as connection:
-            return newest_recost([tuple(row) for row in connection.exec_driver_sql(sql("newest_recost"))])
-    finally:
-        ledger.close()
-
-
-def _rows(connection: duckdb.DuckDBPyConnection, query: str, period: str) -> list[dict[str, Any]]:
-    result = connection.execute(sql(query), {"period": period})
-    names = [column[0] for column in result.description or ()]
-    return [dict(zip(names, row, strict=True)) for row in result.fetchall()]
 
 
 def _account_row(invoice: Invoice) -> AccountRow:

@@ -11,8 +11,8 @@ from metering.billing.invoices import UsageSum
 from metering.billing.stakes import Stakes
 from metering.ledger import plan_versions
 from metering.windows import period_label, period_of_month, period_window
-from tasks.bills import INSTANT
 from tasks.costs import pricing
+from tasks.periods import INSTANT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

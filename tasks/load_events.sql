@@ -35,7 +35,8 @@ SELECT
     e.late,
     e.idempotency_key,
     e.source,
-    c.cost
+    c.cost,
+    c.price_version
 FROM events AS e JOIN event_costs AS c ON c.seq = e.seq
 WHERE e.{marked} > {above} AND e.{marked} <= {up_to}
 ORDER BY e.seq

@@ -29,9 +29,9 @@ from metering.events import TOKEN_FIELDS, TokenUsage
 from metering.ledger import Ledger, plan_versions, verdicts
 from metering.ledger.schema import holds
 from metering.windows import Window, period_of_month
-from tasks.bills import INSTANT, usage_sums
 from tasks.changes import Change, Prices
 from tasks.models import canonical_model
+from tasks.periods import INSTANT, loaded
 from tasks.warehouse import open_for_reading, sql
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def reconcile(ledger_url: str, warehouse: Path, period: str, *, now: datetime, t
             counts = _counts(connection)
             facts = _facts(connection, known)
             usual_lines = dict(connection.execute(sql("usual_lines")).fetchall())
-            prices = Prices(facts_of, now, lambda label: usage_sums(connection, label))
+            prices = Prices(facts_of, now, lambda label: loaded(connection, label).usage)
             found: list[RunVerdict] = []
             changes: defaultdict[str, list[_Judged]] = defaultdict(list)
             for run in facts:

@@ -13,7 +13,7 @@ from prefect import task
 from metering.billing.money import EXACT
 from metering.billing.tables import written
 from metering.ledger import Ledger, admin_log
-from metering.ledger.schema import event_costs, events, recosts, replaced_costs
+from metering.ledger.schema import closes, event_costs, events, recosts, replaced_costs
 from tasks import costs
 from tasks.errors import JobError
 from tasks.warehouse import lease
@@ -206,6 +206,11 @@ def _checked(connection: sa.Connection, act: Act, expected: _Standing) -> _Stand
 
 
 def _begin(connection: sa.Connection, act: Act) -> int:
+    closed = sa.select(sa.func.count()).select_from(closes).where(closes.c.period == act.period)
+    if count := connection.execute(closed).scalar_one():
+        raise JobError(
+            f"period {act.period} is closed for {count:,} accounts: what was billed stays, and so does what it cost"
+        )
     version = costs.price_version()
     result = connection.execute(
         recosts.insert().values(

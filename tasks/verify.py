@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
+from contextlib import closing
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
 from metering.billing.invoices import UsageSum
+from metering.errors import MeteringError
 from metering.events import TOKEN_FIELDS
 from metering.ledger import Ledger
-from tasks.bills import build_bills, invoice_files, usage_sums
+from metering.ledger.closing import chain_faults, document, documents_of, frozen_of, recomputed
+from metering.ledger.schema import events
+from tasks.bills import build_bills, invoice_files
+from tasks.periods import Loaded, late_of, loaded
 from tasks.warehouse import open_for_reading, sql
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["invoice_differences", "rollup_differences"]
+__all__ = ["close_differences", "document_differences", "invoice_differences", "rollup_differences"]
 
 
 def rollup_differences(ledger_url: str, warehouse: Path, period: str) -> list[str]:
     """Where the warehouse's rollup of a period is not what the ledger's events add up to; empty if nowhere."""
     with open_for_reading(warehouse) as connection:
-        rolled_up = usage_sums(connection, period)
+        rolled_up = loaded(connection, period).usage
     recorded = _ledger_sums(ledger_url, period)
     return [
         f"{account}: the ledger has {_shown(recorded.get(account))}, the rollup {_shown(rolled_up.get(account))}"
@@ -36,8 +42,12 @@ def invoice_differences(ledger_url: str, out: Path, period: str) -> list[str]:
     """Which invoice files of a period are not, byte for byte, what the ledger's events come to; empty if none."""
     folder = out / period / "invoices"
     expected: dict[str, bytes] = {}
-    for invoice in build_bills(ledger_url, _ledger_sums(ledger_url, period), period).invoices:
-        expected |= invoice_files(invoice)
+    known = Loaded(usage=_ledger_sums(ledger_url, period))
+    with closing(Ledger(ledger_url)) as ledger, ledger.read() as connection:
+        late = late_of(connection, _counts(connection), lambda month: Loaded(usage=_ledger_sums(ledger_url, month)))
+        finals = [each.invoice for each in documents_of(connection, period=period)]
+        for invoice in (*finals, *build_bills(connection, known, period, late).invoices):
+            expected |= invoice_files(invoice)
     found = {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else {}
     differences = [f"{name}: is missing" for name in sorted(expected.keys() - found.keys())]
     differences += [f"{name}: bills nothing that is in the ledger" for name in sorted(found.keys() - expected.keys())]
@@ -47,6 +57,41 @@ def invoice_differences(ledger_url: str, out: Path, period: str) -> list[str]:
         if expected[name] != found[name]
     ]
     return differences
+
+
+def document_differences(ledger_url: str, out: Path, number: str) -> list[str]:
+    """Where a final document is not what was issued; empty if nowhere. Raises `UnknownInvoice`.
+
+    Its canonical JSON is computed again from what was frozen, and compared byte for byte; its files by their digests.
+    """
+    with closing(Ledger(ledger_url)) as ledger, ledger.read() as connection:
+        found = document(connection, number)
+        differences = []
+        if _digest(found.document) != found.document_digest:
+            differences.append(f"{number}: the document in the ledger has changed")
+        try:
+            if recomputed(connection, found) != found.document:
+                differences.append(f"{number}: what was frozen comes to another document")
+        except MeteringError as exc:
+            differences.append(f"{number}: cannot be computed again: {exc}")
+    folder = out / found.period / "invoices"
+    for kind, digest in (("json", found.document_digest), ("csv", found.csv_digest), ("html", found.html_digest)):
+        path = folder / f"{number}.{kind}"
+        if not path.exists():
+            differences.append(f"{path}: is missing: `python -m flows bill-period --period {found.period}` writes it")
+        elif _digest(path.read_bytes()) != digest:
+            differences.append(f"{path}: is not the file that was issued")
+    return differences
+
+
+def close_differences(ledger_url: str) -> list[str]:
+    """Which closes, or what they froze, are not what was written; empty if none."""
+    with closing(Ledger(ledger_url)) as ledger, ledger.read() as connection:
+        return chain_faults(connection)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _ledger_sums(ledger_url: str, period: str) -> dict[str, list[UsageSum]]:
@@ -66,6 +111,19 @@ def _ledger_sums(ledger_url: str, period: str) -> dict[str, list[UsageSum]]:
     finally:
         ledger.close()
     return sums
+
+
+def _counts(connection: sa.Connection) -> dict[tuple[str, str], int]:
+    """How many events of each closed period there are. Those that went to the archive are taken as they were frozen."""
+    frozen = {
+        (account, period): inputs.events
+        for account, closed in frozen_of(connection).items()
+        for period, (_, inputs) in closed.items()
+    }
+    query = sa.select(events.c.account, events.c.period, sa.func.count()).group_by(events.c.account, events.c.period)
+    periods = {period for _, period in frozen}
+    counted = connection.execute(query.where(events.c.period.in_(periods))).all() if periods else ()
+    return frozen | {(row[0], row[1]): max(row[2], frozen.get((row[0], row[1]), 0)) for row in counted}
 
 
 def _shown(sums: list[UsageSum] | None) -> str:

@@ -50,6 +50,9 @@ CREATE TABLE IF NOT EXISTS usage_events (
     cost DECIMAL(38, 12)
 );
 
+-- Of the data that the cost is by. Warehouses of before have it only of what they loaded since.
+ALTER TABLE usage_events ADD COLUMN IF NOT EXISTS price_version VARCHAR;
+
 -- Delta rows: each load appends the sums of its own batch, so a quarter hour may have several rows to be added up.
 -- A thousand of the largest token counts allowed no longer fit into 64 bits.
 CREATE TABLE IF NOT EXISTS usage_15m (

@@ -64,7 +64,11 @@ class InvoiceItem:
     """The rate as applied, in the form of plans.toml; None for the base fee and the plan's minimum."""
     exact_amount: Decimal
     amount: Decimal
-    """`exact_amount` rounded once, half away from zero, to the currency's minor unit."""
+    """`exact_amount` rounded once, half away from zero, to the currency's minor unit, less `already_billed`."""
+    period: str | None = None
+    """Of an adjustment: the closed period it is for, with which `item_id` then begins; None for the invoice's own."""
+    already_billed: Decimal | None = None
+    """Of an adjustment: the signed sum of what final documents have billed of this item."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +77,12 @@ class Invoice:
 
     reference: str
     """`{account}-{period}`, such as `acme-2023-11`."""
-    status: Literal["draft"]
+    status: Literal["draft", "final"]
+    kind: Literal["invoice", "void", "credit_note"] = "invoice"
+    number: str | None = None
+    """Of a final document, such as `INV-000042`."""
+    names: str | None = None
+    """The number of the document that a void or a credit note is about."""
     account: str
     name: str | None
     address: tuple[str, ...]
@@ -290,7 +299,7 @@ def _usage_order(row: UsageSum) -> tuple[tuple[bool, Any], ...]:
     return tuple((value is not None, value if value is not None else 0) for value in astuple(row))
 
 
-_MONEY_FIELDS = frozenset({"amount", "total"})
+_MONEY_FIELDS = frozenset({"amount", "total", "already_billed"})
 """Already in the currency's decimals, which are kept."""
 _DECIMAL_FIELDS = _MONEY_FIELDS | {"quantity", "exact_amount", "cost", "provider_cost"}
 

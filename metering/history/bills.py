@@ -16,6 +16,7 @@ from metering.billing.money import EXACT
 from metering.billing.rating import claims
 from metering.errors import MeteringError
 from metering.ledger import plan_versions
+from metering.ledger.closing import documents_of, frozen_of, later_events
 from metering.ledger.schema import accounts
 from metering.windows import period_of_month
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from metering.history.ledger import EventRow
 
 __all__ = ["Bill", "Document", "Item", "bills_of"]
+
+LATE = "it came after its period was closed: it is on the account's next invoice"
 
 _GROUP = ("plan_version", "line", "provider", "model", "service_tier")
 
@@ -45,9 +48,10 @@ class Item:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """A draft that is there for the account and period."""
+    """The final document of a closed period, or a draft that is there."""
 
     file: str
+    """Of a final one its number."""
     reference: str
     status: str
     written_at: datetime
@@ -93,7 +97,9 @@ def bills_of(connection: sa.Connection, account: str, events: Sequence[EventRow]
             items = list(_items(connection, sums))
         except MeteringError as exc:
             problem = str(exc)
-        document = _document(out, account, period, {item.item_id for item in items})
+        wanted = {item.item_id for item in items}
+        closed, came_late = _closed(connection, account, period, rows, wanted)
+        document = closed or _draft(out, account, period, wanted)
         bills.append(
             Bill(
                 period=period,
@@ -101,7 +107,7 @@ def bills_of(connection: sa.Connection, account: str, events: Sequence[EventRow]
                 period_end=window.end,
                 items=tuple(items),
                 document=document,
-                says=problem or _says(rows, sums, items, document, out),
+                says=problem or (LATE if came_late else _says(rows, sums, items, document, out)),
             )
         )
     return tuple(bills)
@@ -142,7 +148,24 @@ def _items(connection: sa.Connection, sums: list[UsageSum]) -> Iterator[Item]:
                 )
 
 
-def _document(out: Path, account: str, period: str, wanted: set[str]) -> Document | None:
+def _closed(
+    connection: sa.Connection, account: str, period: str, rows: Sequence[EventRow], wanted: set[str]
+) -> tuple[Document | None, bool]:
+    """The final document that bills a closed period's events, and whether some of these came after it."""
+    if period not in (frozen := frozen_of(connection, account).get(account, {})):
+        return None, False
+    revision, inputs = frozen[period]
+    later = later_events(connection, inputs)
+    for found in reversed(documents_of(connection, account=account)):
+        if found.kind == "invoice" and (period, revision) in found.inputs:
+            invoice = found.invoice
+            return _as_document(invoice, period, found.number, found.number, found.issued_at, wanted), any(
+                row.seq in later for row in rows
+            )
+    return None, any(row.seq in later for row in rows)
+
+
+def _draft(out: Path, account: str, period: str, wanted: set[str]) -> Document | None:
     reference = f"{account}-{period}"
     named = json.dumps(reference, ensure_ascii=False).encode()
     for path in sorted((out / period / "invoices").glob("*.json")):
@@ -154,19 +177,27 @@ def _document(out: Path, account: str, period: str, wanted: set[str]) -> Documen
             continue
         invoice = Invoice.from_json(content)
         if invoice.reference == reference:
-            return Document(
-                file=str(path),
-                reference=reference,
-                status=invoice.status,
-                written_at=written_at,
-                total=f"{invoice.total:f} {invoice.currency}",
-                items=tuple(
-                    f"{item.item_id}: {item.quantity:f} for {item.amount:f} {invoice.currency}"
-                    for item in invoice.items
-                    if item.item_id in wanted and item.quantity is not None
-                ),
-            )
+            return _as_document(invoice, period, str(path), reference, written_at, wanted)
     return None
+
+
+def _as_document(
+    invoice: Invoice, period: str, file: str, reference: str, written_at: datetime, wanted: set[str]
+) -> Document:
+    return Document(
+        file=file,
+        reference=reference,
+        status=invoice.status,
+        written_at=written_at,
+        total=f"{invoice.total:f} {invoice.currency}",
+        items=tuple(
+            f"{item.item_id}: {item.quantity:f} for {item.amount:f} {invoice.currency}"
+            for item in invoice.items
+            if (item.period or invoice.period) == period
+            and item.item_id.rpartition(f"{period}/")[2] in wanted
+            and item.quantity is not None
+        ),
+    )
 
 
 def _says(
@@ -181,7 +212,7 @@ def _says(
         return "not billed yet: `python -m flows aggregate-usage` has not seen all of it"
     if document is None:
         return f"not billed yet: there is no draft in {out / period}; {job} writes it"
-    if document.written_at < max(costed):
+    if document.status == "draft" and document.written_at < max(costed):
         return f"not billed as it stands: the draft is older; {job} renews it"
     adds = "" if items else ": it was taken back, and adds nothing" if not sums else ": no rate of its plan counts it"
     return f"in {document.reference} ({document.status}){adds}"

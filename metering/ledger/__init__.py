@@ -32,7 +32,7 @@ __all__ = ["SCHEMA", "Ledger"]
 
 logger = logging.getLogger("metering")
 
-SCHEMA = "0007"
+SCHEMA = "0008"
 """The newest migration this code knows. Revisions are ordered numbers, so an unknown larger one is a newer ledger."""
 
 _SQLITE = "sqlite:///"

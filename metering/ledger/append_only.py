@@ -10,14 +10,15 @@ if TYPE_CHECKING:
 __all__ = ["append_only"]
 
 
-def append_only(dialect: str, table: str, *, key: str) -> Iterator[str]:
-    """The statements that make a table append-only, on SQLite or Postgres. `key` is its primary key, one number."""
+def append_only(dialect: str, table: str, *key: str) -> Iterator[str]:
+    """The statements that make a table append-only, on SQLite or Postgres. `key` is its primary key."""
     says = f"{table} is append-only"
     if dialect == "sqlite":
         for verb in ("UPDATE", "DELETE"):
             yield _sqlite_trigger(table, verb, f"SELECT RAISE(ABORT, '{says}')")
         # INSERT OR REPLACE deletes without a delete trigger (sqlite.org/lang_conflict.html).
-        found = f"(SELECT 1 FROM {table} WHERE {key} = NEW.{key})"  # noqa: S608  names from migrations
+        same = " AND ".join(f"{name} = NEW.{name}" for name in key)
+        found = f"(SELECT 1 FROM {table} WHERE {same})"  # noqa: S608  names from migrations
         yield _sqlite_trigger(table, "INSERT", f"SELECT RAISE(ABORT, '{says}') WHERE EXISTS {found}")
         return
     yield (

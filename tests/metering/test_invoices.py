@@ -270,12 +270,14 @@ EXPECTED = """\
   "issued_on": "2026-11-01",
   "items": [
     {
+      "already_billed": null,
       "amount": "2.50",
       "description": "application: input tokens",
       "exact_amount": "2.5",
       "item_id": "v7/rates/0",
       "line": "application",
       "metric": "input_tokens",
+      "period": null,
       "plan_version": 7,
       "quantity": "1000000",
       "rate": {
@@ -287,7 +289,10 @@ EXPECTED = """\
       }
     }
   ],
+  "kind": "invoice",
   "name": null,
+  "names": null,
+  "number": null,
   "output_tokens": 0,
   "period": "2026-10",
   "period_end": "2026-11-01T00:00:00Z",

@@ -119,17 +119,21 @@ def test_an_empty_invoice_says_so(make: Any) -> None:
 
 
 def test_a_name_the_template_does_not_know_is_an_error(make: Any) -> None:
-    with pytest.raises(UndefinedError, match="'usage' is undefined"):
+    with pytest.raises(UndefinedError, match="'title' is undefined"):
         page("invoice.html", invoice=make.invoice(), items=[], totals={})
+
+
+DRAFT = ("", "invoice", "", "")
+"""No number, and nothing of what voids, credit notes and adjustments say."""
 
 
 def test_csv_rows(make: Any) -> None:
     assert rows_of(invoice_csv(make.invoice())) == [
         list(CSV_COLUMNS),
-        ["acme-2023-11", "acme", "2023-11", "base_fee", "Base fee", "", "", "", "49", "49.00", "USD"],
+        ["acme-2023-11", "acme", "2023-11", "base_fee", "Base fee", "", "", "", "49", "49.00", "USD", *DRAFT],
         [
             *("acme-2023-11", "acme", "2023-11", "v3/rates/0", "Input tokens", "application", "input_tokens"),
-            *("18059974", "45.149935", "45.15", "USD"),
+            *("18059974", "45.149935", "45.15", "USD", *DRAFT),
         ],
     ]
 
@@ -161,3 +165,25 @@ def test_csv_parses_back(make: Any, description: str, amount: Decimal) -> None:
     assert rows[1][4] in (description, "'" + description)
     assert not rows[1][4].startswith(("=", "+", "-", "@", "\t", "\r"))
     assert Decimal(rows[1][8]) == amount
+
+
+def test_a_final_document_says_what_it_is(make: Any) -> None:
+    late = make.item(
+        item_id="2023-10/v3/rates/0",
+        description="2023-10: Input tokens",
+        period="2023-10",
+        already_billed=Decimal("40.00"),
+        amount=Decimal("5.15"),
+    )
+    invoice = make.invoice(status="final", number="INV-000007", items=(late,))
+    words = words_of(invoice_html(invoice))
+    assert words.startswith("Invoice INV-000007, acme-2023-11 FINAL")
+    assert "2023-10: Input tokens 40.00 USD billed before" in words
+    assert "Items of an earlier period are all of that period's usage as it is known now" in words
+    assert rows_of(invoice_csv(invoice))[1][-4:] == ["INV-000007", "invoice", "", "40.00"]
+    note = make.invoice(status="final", number="INV-000008", kind="credit_note", names="INV-000007", usage=())
+    words = words_of(invoice_html(note))
+    assert words.startswith("Credit note INV-000008, ")
+    assert "Of invoice INV-000007" in words
+    assert rows_of(invoice_csv(note))[1][-4:] == ["INV-000008", "credit_note", "INV-000007", ""]
+    assert words_of(invoice_html(make.invoice(kind="void", number="INV-000009"))).startswith("Void INV-000009")

@@ -9,6 +9,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import duckdb
+import pytest
 
 from metering.admission.sql import SqlStore
 from metering.billing.invoices import Invoice
@@ -16,7 +17,9 @@ from metering.events import TokenUsage, UsageEvent, new_event_id
 from metering.ledger import Ledger, plan_versions
 from metering.meter import Meter
 from metering.plans import parse_plans
+from metering.windows import period_of_month
 from tasks.bills import write_index, write_invoices
+from tasks.closing import Closed, close_accounts
 from tasks.costs import cost_events
 from tasks.load import ROOT, load_ledger
 
@@ -116,6 +119,19 @@ class Place:
         """Bill without the index page, whose pictures take the most time."""
         return write_invoices.fn(self.ledger_url, self.warehouse, self.out, period)
 
+    def close(self, period: str = PERIOD, *, at: datetime | None = None, override: str | None = None) -> Closed:
+        """Load what is new, and close a period; unless said, five days after the month it begins in."""
+        self.aggregate()
+        return self.close_loaded(period, at=at, override=override)
+
+    def close_loaded(self, period: str, *, at: datetime | None = None, override: str | None = None) -> Closed:
+        """The same with what was loaded before."""
+        month = period_of_month(period, time_zone="UTC", anchor_day=1)
+        now = at or month.end + timedelta(days=5)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("METERING_HOME", str(self.home))
+            return close_accounts.fn(self.ledger_url, self.warehouse, period, now, actor="finance", override=override)
+
     def bill(self, period: str = PERIOD) -> list[tuple[str, str]]:
         problems = self.invoice(period)
         write_index.fn(self.warehouse, self.out, period, problems)
@@ -155,6 +171,12 @@ class Place:
         with ledger.write() as connection:
             connection.exec_driver_sql(statement)
         ledger.close()
+
+    def forge(self, statement: str) -> None:
+        """Tamper with a ledger in a file, as somebody does who takes away first what refuses it."""
+        for (name,) in self.ledger_rows("SELECT name FROM sqlite_master WHERE type = 'trigger'"):
+            self.change(f"DROP TRIGGER {name}")
+        self.change(statement)
 
     def tamper(self, statement: str) -> None:
         """Tamper with the warehouse."""

@@ -21,6 +21,7 @@ from metering.ledger.schema.calls import (
     replays,
     request_log,
 )
+from metering.ledger.schema.closing import closes, frozen_inputs, invoice_items, invoices, issuers
 from metering.ledger.schema.columns import metadata
 from metering.ledger.schema.providers import (
     paid_probes,
@@ -39,12 +40,17 @@ __all__ = [
     "admin_log",
     "api_keys",
     "chains",
+    "closes",
     "counters",
     "dead_letters",
     "event_costs",
     "event_ids",
     "events",
+    "frozen_inputs",
     "holds",
+    "invoice_items",
+    "invoices",
+    "issuers",
     "key_reuses",
     "ledger_info",
     "metadata",

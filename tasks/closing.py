@@ -1,0 +1,119 @@
+"""Closing periods: what was loaded is frozen, priced, numbered and written into the ledger, an account at a time."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from prefect import task
+
+from metering.errors import MeteringError
+from metering.ledger import Ledger
+from metering.ledger.closing import Act, close_period, document, frozen_of, issue_credit_note, void
+from metering.settings import Settings
+from reports.invoice import invoice_csv, invoice_html
+from tasks.bills import cause_of, check_costs, newest_recost_of
+from tasks.errors import WarehouseError
+from tasks.periods import late_inputs, loaded, open_inputs, plans_of
+from tasks.readiness import obstacles
+from tasks.warehouse import open_for_reading
+
+if TYPE_CHECKING:
+    from datetime import datetime
+    from pathlib import Path
+
+    import sqlalchemy as sa
+
+    from metering.billing.invoices import Invoice
+
+__all__ = ["Closed", "act_of", "close_accounts", "credit_invoice", "files_of", "void_invoice"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Closed:
+    """What became of each account whose period was open."""
+
+    numbers: tuple[str, ...]
+    """Of the final documents, in the order they were issued."""
+    accounts: int
+    """How many were closed, those included that owe nothing."""
+    not_over: int
+    """How many have a period that has not ended yet."""
+    refused: tuple[tuple[str, str], ...]
+    """(account, why): these stay open."""
+
+
+def act_of(settings: Settings, actor: str, at: datetime) -> Act:
+    """Who issues documents, as the settings name the issuer. Raises `InvalidSetting`."""
+    return Act(issuer=settings.issuer, actor=actor, at=at, files_of=files_of)
+
+
+@task
+def close_accounts(
+    ledger_url: str, warehouse: Path, period: str, now: datetime, *, actor: str, override: str | None = None
+) -> Closed:
+    """Close the period of each account for which nothing speaks against it, and issue what it comes to.
+
+    Each account is one transaction, so a run that is killed is finished by the next, without gap or repeat in the
+    numbers. `override` closes those too that something speaks against, and is kept with what that was. Raises
+    `WarehouseError`, `InvalidSetting`.
+    """
+    settings = Settings.from_env()
+    act = act_of(settings, actor, now)
+    numbers: list[str] = []
+    refused: list[tuple[str, str]] = []
+    accounts = 0
+    with closing(Ledger(ledger_url)) as ledger:
+        with open_for_reading(warehouse) as connection, ledger.read() as known:
+            costs = check_costs(known, connection)
+            inputs = open_inputs(known, loaded(connection, period), period, now)
+            late, plans = late_inputs(known, connection), plans_of(known)
+        over = [each for each in inputs if each.period_end <= now]
+        against = obstacles(ledger, settings, period, over)
+        for each in over:
+            reasons = "; ".join(against.get(each.account, ()))
+            if reasons and override is None:
+                refused.append((each.account, reasons))
+                continue
+            why = f"{override} ({reasons})" if reasons else None
+            try:
+                with ledger.write() as writing:
+                    _check_still(costs, writing)
+                    numbers += close_period(writing, each, late.get(each.account, ()), act, override=why)
+                accounts += 1
+            except MeteringError as exc:
+                refused.append((each.account, str(cause_of(exc, plans, each.usage))))
+    return Closed(numbers=tuple(numbers), accounts=accounts, not_over=len(inputs) - len(over), refused=tuple(refused))
+
+
+def _check_still(costs: int, connection: sa.Connection) -> None:
+    """Raise `WarehouseError` where a recost has begun since costs were read."""
+    if newest_recost_of(connection) != costs:
+        raise WarehouseError("costs were changed meanwhile: run `python -m flows rebuild`, and close again")
+
+
+def void_invoice(ledger_url: str, number: str, now: datetime, *, actor: str, reason: str) -> str:
+    """Take an invoice back by a new document; its number. What it billed is due with the account's next invoice."""
+    with closing(Ledger(ledger_url)) as ledger, ledger.write() as connection:
+        return void(connection, number, act_of(Settings.from_env(), actor, now), reason=reason)
+
+
+def credit_invoice(ledger_url: str, warehouse: Path, number: str, now: datetime, *, actor: str, reason: str) -> str:
+    """Give back now what was billed too much of an invoice's period; the number of the credit note.
+
+    Raises `UnknownInvoice`, `InvoiceConflict`, `WarehouseError`.
+    """
+    with closing(Ledger(ledger_url)) as ledger:
+        with open_for_reading(warehouse) as connection, ledger.read() as known:
+            check_costs(known, connection)
+            found = document(known, number)
+            late = {each.period: each for each in late_inputs(known, connection).get(found.account, ())}
+            inputs = late.get(found.period) or frozen_of(known, found.account)[found.account][found.period][1]
+        with ledger.write() as writing:
+            return issue_credit_note(writing, number, inputs, act_of(Settings.from_env(), actor, now), reason=reason)
+
+
+def files_of(invoice: Invoice) -> tuple[bytes, bytes]:
+    """A document as CSV and as HTML."""
+    return invoice_csv(invoice).encode(), invoice_html(invoice).encode()

@@ -1,0 +1,121 @@
+"""Closing a period by command: final documents, what refuses it, and the proofs of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from typer.testing import CliRunner
+
+from flows.__main__ import app
+from flows.billing_cycle import billing_cycle
+from flows.command import call
+from tests.tasks.place import PERIOD, Place, event
+
+if TYPE_CHECKING:
+    from click.testing import Result
+
+PLANS = """
+[plans.metered]
+retention_days = 30
+reconcile = "traces"
+rates = [{ line = "*", metric = "input_tokens", type = "per_unit", unit_amount = "0.001" }]
+
+[plans.plain]
+retention_days = 30
+rates = [{ line = "*", metric = "input_tokens", type = "per_unit", unit_amount = "0.001" }]
+"""
+
+
+@pytest.fixture
+def months(place: Place) -> Place:
+    place.plans(PLANS)
+    place.account("acme", "plain")
+    place.account("zeta", "metered")
+    place.add(event(idempotency_key="one"), event(), event("zeta", run_id="run"))
+    return place
+
+
+def flows(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.mark.usefixtures("_engine")
+def test_a_month_is_closed_by_command(months: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(billing_cycle, period=PERIOD) == 0
+    index = months.out / PERIOD / "index.html"
+    assert capsys.readouterr().out == f"{index}\n"
+    closed = flows("bill-period", "--period", PERIOD, "--final", "--actor", "finance")
+    assert closed.exit_code == 1
+    assert closed.stderr.startswith("error: 1 not billed: 'zeta': 1 runs differ, and nothing was decided of them: ")
+    assert sorted(path.stem for path in (months.out / PERIOD / "invoices").glob("*.json")) == [
+        "INV-000001",
+        "zeta-2023-11",
+    ]
+    page = (months.out / PERIOD / "invoices" / "INV-000001.html").read_text()
+    assert "INV-000001" in page
+    assert "FINAL" in page
+    assert "INV-000001" in index.read_text()
+    forced = flows("bill-period", "--period", PERIOD, "--final", "--override", "traces were lost", "--actor", "finance")
+    assert forced.exit_code == 0, forced.stderr
+    assert months.ledger_rows("SELECT account, actor FROM closes ORDER BY close") == [
+        ("acme", "finance"),
+        ("zeta", "finance"),
+    ]
+    for subject in ("INV-000001", "INV-000002", "closes"):
+        assert flows("verify", subject).stdout == f"{subject}: no differences\n"
+    drafts = flows("verify", "invoice", "--period", PERIOD)
+    assert drafts.stdout == "invoice: no differences\n"
+
+
+def test_an_item_by_command(months: Place) -> None:
+    months.close()
+    said = flows("explain", "INV-000001", "v2/rates/0")
+    assert said.exit_code == 0, said.stderr
+    header, *rows = said.stdout.splitlines()
+    assert header.startswith("event_id,kind,corrects,occurred_at,recorded_at,idempotency_key,")
+    assert [row.split(",")[5] for row in rows] == ["one", ""]
+    assert said.stderr.startswith("2 events of 2023-11, 2000 input_tokens: ")
+    documents = [
+        json.loads(line) for line in flows("explain", "INV-000001", "v2/rates/0", "--json").stdout.splitlines()
+    ]
+    assert [each["idempotency_key"] for each in documents] == ["one", None]
+    other = flows("explain", "INV-000009", "v1/rates/0")
+    assert (other.exit_code, other.stdout) == (1, "")
+    assert other.stderr == "error: 'INV-000009' is not the number of a final document, such as INV-000001\n"
+
+
+def test_other_prices_by_command(months: Place) -> None:
+    months.aggregate()
+    Path("new.toml").write_text(PLANS.replace("0.001", "0.002"))
+    said = flows("rerate", "--plan", "new.toml", "--period", PERIOD, "--json")
+    assert said.exit_code == 0, said.stderr
+    rows: list[dict[str, Any]] = json.loads(said.stdout)
+    assert [(row["account"], row["difference"]) for row in rows] == [
+        ("acme", "2.00"),
+        ("zeta", "1.00"),
+        ("all 2", "3.00"),
+    ]
+    missing = flows("rerate", "--plan", "none.toml", "--period", PERIOD)
+    assert (missing.exit_code, missing.stderr) == (1, "error: none.toml: No such file or directory\n")
+
+
+def test_a_void_and_a_credit_note_by_command(months: Place) -> None:
+    months.close()
+    voided = flows("void", "INV-000001", "--reason", "wrong address")
+    assert (voided.exit_code, voided.stdout) == (0, "INV-000002\n")
+    refused = flows("credit", "INV-000001", "--reason", "x")
+    assert refused.exit_code == 1
+    assert refused.stderr == "error: INV-000001: was voided by INV-000002\n"
+    empty = flows("void", "INV-000001", "--reason", "")
+    assert empty.exit_code == 1
+    assert empty.stderr.startswith("error: reason: got ''")
+
+
+def test_an_override_needs_a_close(months: Place) -> None:
+    months.aggregate()
+    said = flows("bill-period", "--period", PERIOD, "--override", "why not")
+    assert said.exit_code == 1
+    assert said.stderr == "error: override: got 'why not', expected nothing without `final`: a draft needs none\n"
