@@ -13,6 +13,7 @@ from metering.clock import utc_now
 from metering.ledger.schema import dead_letters, events, provider_pulls, reconciliations, verdicts
 from metering.spool import Spool
 from tasks.periods import plans_of
+from tasks.warehouse import sql
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,7 +54,7 @@ def obstacles(ledger: Ledger, settings: Settings, period: str, inputs: Sequence[
     return found
 
 
-_RECORDED = sa.text("SELECT account, count(*) FROM events WHERE period = :period GROUP BY account")
+_RECORDED = sa.text(sql("ledger_events_by_account"))
 _DEAD = sa.select(dead_letters.c.account).where(
     dead_letters.c.resolved_at.is_(None),
     sa.or_(dead_letters.c.period.is_(None), dead_letters.c.period == sa.bindparam("period")),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from metering.billing.pricing import Rate
     from metering.plans import Plan
 
-__all__ = ["Invoice", "InvoiceItem", "UsageSum", "build_invoice", "part_amount"]
+__all__ = ["Invoice", "InvoiceItem", "UsageSum", "build_invoice"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,16 +187,6 @@ def build_invoice(
             provider_cost=sum((row.cost for row in rows), Decimal(0)),
             unpriced_requests=sum(row.unpriced_requests for row in rows),
         )
-
-
-def part_amount(rate: Rate, cumulative_quantity: Decimal | int, already_billed: Decimal, currency: str) -> Decimal:
-    """The next part of what a period costs: the rounded amount of all of it so far, less `already_billed`.
-
-    `already_billed` is the signed sum of the rate's final items in the period, so cents carry from part to part.
-    Negative where too much was billed.
-    """
-    with localcontext(EXACT):
-        return round_money(rate.amount(cumulative_quantity), currency) - already_billed
 
 
 def _plan_of(plans: Mapping[int, Plan], version: int) -> Plan:

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metering.billing.invoices import part_amount
 from metering.billing.money import CURRENCIES, minor_digits, quotient, round_money
 from metering.billing.pricing import Match, Rate
 from metering.errors import InvalidEvent, InvalidPlan
@@ -175,30 +174,6 @@ def test_graduated_tiers_sum_up(document: dict[str, Any], quantity: Decimal) -> 
         total += Decimal(step["flat_amount"]) if inside or index == 0 else 0
         below = Decimal(step.get("up_to", quantity))
     assert Rate.from_dict(plain).amount(quantity) == total
-
-
-@given(rates(), st.lists(quarters, min_size=1, max_size=8), st.sampled_from(["USD", "JPY", "KWD"]))
-def test_cents_carry_so_parts_sum_to_the_rounded_total(
-    document: dict[str, Any], parts: list[Decimal], currency: str
-) -> None:
-    rate = Rate.from_dict(document)
-    used = billed = Decimal(0)
-    for part in parts:
-        used += part
-        billed += part_amount(rate, used, billed, currency)
-    assert billed == round_money(rate.amount(used), currency)
-
-
-def test_thirds_of_a_cent_are_billed_once_they_make_a_cent() -> None:
-    rate = per_unit("0.01", per=3)
-    billed = [part_amount(rate, 1, Decimal(0), "USD")]
-    billed.append(part_amount(rate, 2, sum(billed, Decimal(0)), "USD"))
-    billed.append(part_amount(rate, 3, sum(billed, Decimal(0)), "USD"))
-    assert billed == [Decimal("0.00"), Decimal("0.01"), Decimal("0.00")]
-
-
-def test_too_much_billed_comes_back() -> None:
-    assert part_amount(per_unit("1"), 2, Decimal("5.00"), "USD") == Decimal("-3.00")
 
 
 @given(
