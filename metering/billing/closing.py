@@ -13,6 +13,7 @@ from metering.billing.invoices import Invoice, InvoiceItem, UsageSum, build_invo
 from metering.billing.money import EXACT, round_money
 from metering.billing.tables import written
 from metering.errors import InvalidPlan, InvalidSetting
+from metering.windows import Window, local_dates
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -160,9 +161,10 @@ def adjustments(
     return whole.currency, tuple(items)
 
 
-def numbered(draft: Invoice, number: str) -> Invoice:
-    """The final document that a draft becomes."""
-    return replace(draft, status="final", number=number)
+def numbered(draft: Invoice, number: str, issued_at: datetime) -> Invoice:
+    """The final document that a draft becomes, issued on the account's local date."""
+    issued_on, _ = local_dates(Window(start=issued_at, end=issued_at), draft.time_zone)
+    return replace(draft, status="final", number=number, issued_on=issued_on)
 
 
 def voided(invoice: Invoice) -> Invoice:

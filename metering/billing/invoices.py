@@ -97,7 +97,7 @@ class Invoice:
     """The first instant that is no longer billed."""
     time_zone: str
     issued_on: date
-    """The account's local date on which the period ends."""
+    """The account's local date: of a final document when it was issued, of a draft when the period ends."""
     items: tuple[InvoiceItem, ...]
     total: Decimal
     usage: tuple[UsageSum, ...]

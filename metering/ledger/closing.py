@@ -98,6 +98,10 @@ class FinalDocument:
         """The document, read."""
         return Invoice.from_json(self.document)
 
+    def numbered(self, draft: Invoice) -> bytes:
+        """A draft as this document would be, were it made of it: its canonical JSON."""
+        return numbered(draft, self.number, self.issued_at).to_json()
+
 
 def frozen_of(connection: sa.Connection, account: str | None = None) -> dict[str, dict[str, tuple[int, PeriodInputs]]]:
     """By account and period, of all that are closed: the newest revision of what was frozen, and its number."""
@@ -262,16 +266,16 @@ def recomputed(connection: sa.Connection, found: FinalDocument) -> bytes:
     """
     if found.kind == "void":
         assert found.names is not None
-        return numbered(voided(document(connection, found.names).invoice), found.number).to_json()
+        return found.numbered(voided(document(connection, found.names).invoice))
     inputs = [frozen_inputs_of(connection, found, *each) for each in found.inputs]
     plans, billed = _plans(connection), billed_of(connection, found.account, before=found.seq)
     if found.kind == "credit_note":
         assert found.names is not None
         invoice = document(connection, found.names).invoice
-        return numbered(credit_note(invoice, inputs[0], plans, billed.get(found.period, {})), found.number).to_json()
+        return found.numbered(credit_note(invoice, inputs[0], plans, billed.get(found.period, {})))
     for draft in composed(inputs[0], inputs[1:], plans, billed):
         if draft.currency == found.invoice.currency:
-            return numbered(draft, found.number).to_json()
+            return found.numbered(draft)
     raise InvoiceConflict(found.number, "what was frozen comes to no document in its currency")
 
 
@@ -403,7 +407,7 @@ def _issue(
             issuers.update().where(issuers.c.issuer == act.issuer).values(last_number=issuers.c.last_number + 1)
         )
     serial = (last or 0) + 1
-    final = numbered(draft, _number(act.issuer, serial))
+    final = numbered(draft, _number(act.issuer, serial), act.at)
     content = final.to_json()
     csv, html = act.files_of(final)
     written = connection.execute(

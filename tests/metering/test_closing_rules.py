@@ -51,6 +51,8 @@ PLANS = {
     ),
 }
 
+ISSUED_AT = datetime(2023, 12, 5, 16, tzinfo=UTC)
+
 rows = st.builds(
     UsageSum,
     plan_version=st.sampled_from([1, 2]),
@@ -108,7 +110,7 @@ def test_the_documents_of_a_period_add_up_to_its_price(stages: list[tuple[UsageS
 
     def issue(*documents: Any) -> None:
         for document in documents:
-            issued.append(numbered(document, f"INV-{len(issued):06d}"))
+            issued.append(numbered(document, f"INV-{len(issued):06d}", ISSUED_AT))
             for period, item_id, amount in billed_parts(issued[-1]):
                 of_period = billed.setdefault(period, {})
                 of_period[item_id] = of_period.get(item_id, Decimal(0)) + amount
@@ -142,3 +144,9 @@ def test_what_is_no_longer_due_is_given_back_by_its_name() -> None:
     [gone] = items
     assert (gone.item_id, gone.amount, gone.already_billed) == ("2023-11/v9/rates/0", Decimal("-2.00"), Decimal("2.00"))
     assert gone.description == "2023-11: v9/rates/0 is no longer due"
+
+
+def test_a_document_is_issued_on_the_local_date() -> None:
+    [draft] = composed(inputs(time_zone="Asia/Tokyo"), (), PLANS, {})
+    assert str(draft.issued_on) == "2023-12-01"
+    assert str(numbered(draft, "INV-000001", ISSUED_AT).issued_on) == "2023-12-06"
