@@ -93,9 +93,10 @@ def test_every_column_arrives_as_it_was_recorded(place: Place) -> None:
     columns = [name for (name,) in place.warehouse_rows("SELECT column_name FROM (DESCRIBE usage_events)")]
     loaded = place.warehouse_rows(f"SELECT {', '.join(map(as_recorded, columns))} FROM usage_events ORDER BY seq")
     recorded = place.ledger_rows(
-        f"SELECT e.{', e.'.join(columns[:-1])}, c.cost FROM events e JOIN event_costs c ON c.seq = e.seq ORDER BY e.seq"
+        f"SELECT e.{', e.'.join(columns[:-2])}, c.cost, c.price_version FROM events e "
+        "JOIN event_costs c ON c.seq = e.seq ORDER BY e.seq"
     )
-    assert columns[-1] == "cost"
+    assert columns[-2:] == ["cost", "price_version"]
     numbers = [columns.index("quantity"), columns.index("cost")]
     for row in recorded:
         expected = [
