@@ -82,6 +82,10 @@ class Directory:
             name, rate = missing
             raise InvalidEvent(name, None, f"the {name}: the plan prices this usage by it ({rate})")
 
+    def log_expiry(self, cursor: Cursor, account: str, logged_at: datetime) -> datetime:
+        """When a row of the request log goes: by the plan in force when it was logged. Raises `UnknownAccount`."""
+        return logged_at + timedelta(days=self.place(cursor, account, logged_at).plan.retention_days)
+
     def _key(self, cursor: Cursor, digest: str) -> _Key:
         found = cursor.execute(_SQL["authenticate"], {"digest": digest}).fetchone()
         if found is None:

@@ -67,13 +67,13 @@ WHERE shard = :shard AND resolved_at IS NULL AND position(convert_to(:event_id, 
 
 -- name: insert_log_once
 INSERT INTO request_log (
-    event_id, hold_id, account, key_id, line, operation, logged_at, request, response, error, latency_ms
+    event_id, hold_id, account, key_id, line, operation, logged_at, expires_at, request, response, error, latency_ms
 )
 SELECT
-    :event_id::uuid, :hold_id::uuid, :account::text, :key_id, :line, :operation, :logged_at::timestamptz, :request,
-    :response, :error, :latency_ms::integer
+    :event_id::uuid, :hold_id::uuid, :account::text, :key_id, :line, :operation, :logged_at::timestamptz,
+    :expires_at::timestamptz, :request, :response, :error, :latency_ms::integer
 WHERE NOT EXISTS (
     SELECT 1 FROM request_log
-    WHERE account = :account::text AND logged_at = :logged_at::timestamptz
+    WHERE account = :account::text AND logged_at = :logged_at::timestamptz AND expires_at = :expires_at::timestamptz
         AND event_id IS NOT DISTINCT FROM :event_id::uuid AND hold_id IS NOT DISTINCT FROM :hold_id::uuid
 )

@@ -87,7 +87,7 @@ def event_row(
 def log_row(
     row: dict[str, Any], call: Call, bodies: Bodies, logged_at: datetime, hold_id: UUID | None
 ) -> dict[str, Any]:
-    """A row of `request_log` for the call that `row` (of `events`, or the same names) tells of."""
+    """A row of `request_log`, without `expires_at`, for the call that `row` (of `events`, or the like) tells of."""
     return {
         "event_id": row["event_id"],
         "hold_id": None if hold_id is None else hold_id.hex,

@@ -245,7 +245,7 @@ class SqlWorks:
                 fingerprint=admission.fingerprint,
             )
             cursor.execute(_INSERT_EVENT, _values_of(row))
-            _keep_bodies(cursor, row, call, admission.bodies, now, replayable=keyed)
+            _keep_bodies(cursor, self._current, row, call, admission.bodies, now, replayable=keyed)
         counters.move(units)
         for rate, arrival in verdict.arrivals.items():
             counters.put_arrival(rate, arrival)
@@ -336,7 +336,8 @@ class SqlWorks:
         )
         cursor.execute(_INSERT_EVENT, _values_of(row))
         replayable = billable and call.idempotency_key is not None
-        _keep_bodies(cursor, row, call, settlement.bodies, now, replayable=replayable, hold_id=hold.hold_id)
+        bodies = settlement.bodies
+        _keep_bodies(cursor, self._directory, row, call, bodies, now, replayable=replayable, hold_id=hold.hold_id)
         keep_settled(cursor, hold, call, digest, event_id, is_known=found is not None)
         return Settled(event_id=event_id, billable=billable, late=late)
 
@@ -350,7 +351,7 @@ class SqlWorks:
             row = cursor.execute(_SQL["find_hold_in_flight"], {"event_id": hold.event_id.hex}).fetchone()
             give_back(cursor, KeptHold(*row), "released", now)
         row = {"event_id": None, "account": hold.account, "key_id": hold.key_id, "line": call.line}
-        _keep_bodies(cursor, row, call, bodies, now, replayable=False, hold_id=hold.hold_id)
+        _keep_bodies(cursor, self._directory, row, call, bodies, now, replayable=False, hold_id=hold.hold_id)
         return is_open
 
     def _expire_some(self, cursor: Cursor, account: str, now: datetime, most: int) -> int:
@@ -437,6 +438,7 @@ def _claim_id(cursor: Cursor, event_id: UUID, period: str, fingerprint: str | No
 
 def _keep_bodies(
     cursor: Cursor,
+    directory: Directory,
     row: dict[str, Any],
     call: Call,
     bodies: Bodies,
@@ -452,4 +454,6 @@ def _keep_bodies(
             {"event_id": row["event_id"], "response": bodies.replay, "stored_at": instant_text(now)},
         )
     if bodies.request is not None or bodies.response is not None or call.error is not None:
-        cursor.execute(_SQL["insert_log"], log_row(row, call, bodies, now, hold_id))
+        expires_at = directory.log_expiry(cursor, row["account"], now)
+        logged = log_row(row, call, bodies, now, hold_id)
+        cursor.execute(_SQL["insert_log"], logged | {"expires_at": instant_text(expires_at)})

@@ -167,9 +167,10 @@ INSERT INTO replays (event_id, response, stored_at) VALUES (:event_id, :response
 
 -- name: insert_log
 INSERT INTO request_log (
-    event_id, hold_id, account, key_id, line, operation, logged_at, request, response, error, latency_ms
+    event_id, hold_id, account, key_id, line, operation, logged_at, expires_at, request, response, error, latency_ms
 ) VALUES (
-    :event_id, :hold_id, :account, :key_id, :line, :operation, :logged_at, :request, :response, :error, :latency_ms
+    :event_id, :hold_id, :account, :key_id, :line, :operation, :logged_at, :expires_at, :request, :response, :error,
+    :latency_ms
 )
 
 -- name: find_event
@@ -247,11 +248,13 @@ SELECT position, fingerprint FROM event_ids WHERE event_id = :event_id
 
 -- name: insert_log_once
 INSERT INTO request_log (
-    event_id, hold_id, account, key_id, line, operation, logged_at, request, response, error, latency_ms
+    event_id, hold_id, account, key_id, line, operation, logged_at, expires_at, request, response, error, latency_ms
 )
 SELECT
-    :event_id, :hold_id, :account, :key_id, :line, :operation, :logged_at, :request, :response, :error, :latency_ms
+    :event_id, :hold_id, :account, :key_id, :line, :operation, :logged_at, :expires_at, :request, :response, :error,
+    :latency_ms
 WHERE NOT EXISTS (
     SELECT 1 FROM request_log
-    WHERE account = :account AND logged_at = :logged_at AND event_id IS :event_id AND hold_id IS :hold_id
+    WHERE account = :account AND logged_at = :logged_at AND expires_at = :expires_at AND event_id IS :event_id
+        AND hold_id IS :hold_id
 )

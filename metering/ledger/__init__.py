@@ -32,7 +32,7 @@ __all__ = ["SCHEMA", "Ledger"]
 
 logger = logging.getLogger("metering")
 
-SCHEMA = "0008"
+SCHEMA = "0009"
 """The newest migration this code knows. Revisions are ordered numbers, so an unknown larger one is a newer ledger."""
 
 _SQLITE = "sqlite:///"

@@ -150,7 +150,7 @@ def request_log_of(
         raise InvalidSetting("account", None, "an account or a key_id")
     if not 1 <= limit <= 10_000:
         raise InvalidSetting("limit", limit, "1 to 10000")
-    columns = [column for column in request_log.c if column.name not in ("log_id", "hold_id")]
+    columns = [column for column in request_log.c if column.name not in ("log_id", "hold_id", "expires_at")]
     query = sa.select(*columns).order_by(request_log.c.logged_at.desc(), request_log.c.log_id.desc()).limit(limit)
     if account is not None:
         query = query.where(request_log.c.account == account)

@@ -71,6 +71,9 @@ def connect(path: Path, *, timeout_s: float, create: bool = False) -> sqlite3.Co
             factory=_Connection,
         )
         try:
+            if create:
+                # Only before the first table: so that the file shrinks again, a few pages at a time.
+                connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA foreign_keys = ON")

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from metering.admission.directory import Directory
 from metering.admission.redis.drive import drive
 from metering.admission.redis.keys import shard_of
 from metering.admission.rows import log_row
 from metering.admission.statements import statements
 from metering.errors import InvalidSetting, StoreUnavailable
+from metering.ledger.types import instant_text, parse_instant
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -105,4 +107,8 @@ class Later:
 
 
 def _log(cursor: Cursor, rows: list[dict[str, Any]]) -> None:
-    cursor.executemany(_SQL["insert_log_once"], rows)
+    """Here, and not where they were kept, is known when they go: an account's plans are in the ledger."""
+    directory = Directory()
+    for row in rows:
+        expires_at = directory.log_expiry(cursor, row["account"], parse_instant(row["logged_at"]))
+        cursor.execute(_SQL["insert_log_once"], row | {"expires_at": instant_text(expires_at)})

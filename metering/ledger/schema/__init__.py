@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Column, MetaData, Table, text
+from sqlalchemy import BigInteger, Column, MetaData, PrimaryKeyConstraint, Table, text
 
 from metering.ledger.schema.calls import (
     account_plans,
@@ -32,6 +32,7 @@ from metering.ledger.schema.providers import (
 )
 from metering.ledger.schema.reconciling import event_costs, reconciliations, recosts, replaced_costs, spans, verdicts
 from metering.ledger.schema.redis import dead_letters, key_reuses, shards
+from metering.ledger.schema.retaining import archives, legal_holds
 from metering.ledger.types import UtcDateTime, Uuid
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "accounts",
     "admin_log",
     "api_keys",
+    "archives",
     "chains",
     "closes",
     "counters",
@@ -53,6 +55,7 @@ __all__ = [
     "issuers",
     "key_reuses",
     "ledger_info",
+    "legal_holds",
     "metadata",
     "metadata_on_postgres",
     "outbox",
@@ -88,6 +91,11 @@ def metadata_on_postgres() -> MetaData:
         on_postgres.tables[name].append_column(
             Column("commit_xid", BigInteger, nullable=False, index=True, server_default=current_xid)
         )
+    # Cut by it, so it is a part of the key.
+    partitioned = on_postgres.tables["request_log"]
+    partitioned.c.expires_at.primary_key = True
+    partitioned.append_constraint(PrimaryKeyConstraint("log_id", "expires_at"))
+    partitioned.dialect_options["postgresql"]["partition_by"] = "RANGE (expires_at)"
     # What each writer has committed last: where the answer to a commit is lost it is read there. The number of a
     # transaction does not tell, because a server that crashed may give it to another one.
     Table(

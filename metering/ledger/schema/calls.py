@@ -247,6 +247,7 @@ request_log = Table(
     Column("line", LINE, nullable=False),
     Column("operation", NAME),
     Column("logged_at", UtcDateTime, nullable=False),
+    Column("expires_at", UtcDateTime, nullable=False, index=True),
     Column("request", Text),
     Column("response", Text),
     Column("error", Text),
@@ -254,6 +255,9 @@ request_log = Table(
     Index(None, "account", "logged_at"),
     Index(None, "key_id", "logged_at"),
 )
+"""Bodies, errors and latencies of calls. `expires_at` is by the plan in force when it was logged, whatever later ones
+say; the row goes then, whole. On Postgres in partitions of a UTC day of it: see `metering.ledger.log_partitions`.
+"""
 
 admin_log = Table(
     "admin_log",
