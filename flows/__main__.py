@@ -68,6 +68,21 @@ def drain_events() -> None:
     sys.exit(call(flow))
 
 
+@app.command("enforce-retention")
+def enforce_retention(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    replay_days: Annotated[int, typer.Option(help="Answers kept for retries of the same call.")] = 7,
+    span_days: Annotated[int, typer.Option(help="Traced spans, once their period is closed.")] = 90,
+    observation_days: Annotated[int, typer.Option(help="What providers said of their limits.")] = 90,
+) -> None:
+    """Delete what is over: the request log by plan, all else by age; nothing of accounts on legal hold."""
+    from flows.enforce_retention import enforce_retention as flow
+
+    sys.exit(
+        call(flow, dry_run=dry_run, replay_days=replay_days, span_days=span_days, observation_days=observation_days)
+    )
+
+
 @app.command("probe-providers")
 def probe_providers() -> None:
     """Ask the providers how much of their rate limits is left, and keep what they say."""

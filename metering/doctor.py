@@ -30,6 +30,8 @@ LATE_S = 600.0
 """What has waited longer is a warning: `drain --follow` takes a second, and the flow comes every five minutes."""
 LONG_S = 60
 """A transaction open for longer is a warning: what is written after it began is loaded when it has ended."""
+INCREMENTAL = 2
+"""What `PRAGMA auto_vacuum` says of a file that gives its free pages back when it is told to."""
 NAMED = 5
 """Of many shards so many are named."""
 
@@ -60,6 +62,7 @@ def examine() -> list[Finding]:
         is_file = ledger.dialect == "sqlite"
         findings += [_finding("ledger", _sqlite, ledger)] if is_file else _postgres(ledger)
         findings.append(_finding("contents", _contents, ledger))
+        findings += [_space(ledger)] if is_file else []
         if settings.quota_url is None:
             findings.append(_finding("counters", _counters, ledger))
         if settings.quota_url is not None:
@@ -83,6 +86,26 @@ def _sqlite(ledger: Ledger) -> str:
     with ledger.read() as connection:
         mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar()
     return f"{ledger.where}, schema {SCHEMA}, journal {mode}, SQLite {sqlite3.sqlite_version}"
+
+
+def _space(ledger: Ledger) -> Finding:
+    """Whether what is deleted is given back to the disk. It is a property of the file, from before its first table."""
+    try:
+        with ledger.read() as connection:
+            shrinks = connection.exec_driver_sql("PRAGMA auto_vacuum").scalar_one() == INCREMENTAL
+            pages, free, size = (
+                connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
+                for name in ("page_count", "freelist_count", "page_size")
+            )
+    except MeteringError as exc:
+        return Finding(what="space", ok=False, says=str(exc))
+    says = f"{pages * size // 2**20:,} MiB, {free * size // 2**20:,} of them free"
+    if not shrinks:
+        says += (
+            "; what is free is used again, but the file never shrinks. Once, while nobody uses it: "
+            f"sqlite3 {ledger.path} 'PRAGMA auto_vacuum = INCREMENTAL; VACUUM'"
+        )
+    return Finding(what="space", ok=True, warning=not shrinks, says=says)
 
 
 def _postgres(ledger: Ledger) -> list[Finding]:

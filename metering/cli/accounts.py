@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from metering.cli.shared import GROUP, Account, AsJson, instant, open_meter
+from metering.cli.shared import GROUP, Account, AsJson, actor, instant, open_meter
 from metering.console import fields_of, show
 from metering.errors import InvalidSetting
 
@@ -85,6 +85,42 @@ def accounts_update(
             anchor_day=anchor_day,
         )
     show([fields_of(updated)], as_json)
+
+
+@accounts.command("hold")
+def accounts_hold(
+    account: Account, reason: Annotated[str, typer.Option(help="Why: such as the number of a case.")]
+) -> None:
+    """Put an account on legal hold: nothing of it is deleted or erased until it is released."""
+    from metering.clock import utc_now
+    from metering.legal_holds import place_hold
+
+    with open_meter() as meter:
+        hold = place_hold(meter.ledger, account, reason=reason, actor=actor(), now=utc_now())
+    typer.echo(f"account {account} is on legal hold since {hold.placed_at:%Y-%m-%d %H:%M:%S}Z: {hold.reason}")
+
+
+@accounts.command("release")
+def accounts_release(account: Account) -> None:
+    """Lift the legal hold of an account: what is over goes with the next run of retention."""
+    from metering.clock import utc_now
+    from metering.legal_holds import release_hold
+
+    with open_meter() as meter:
+        hold = release_hold(meter.ledger, account, actor=actor(), now=utc_now())
+    typer.echo(f"account {account} is released; it was on legal hold since {hold.placed_at:%Y-%m-%d %H:%M:%S}Z")
+
+
+@accounts.command("holds")
+def accounts_holds(
+    account: Annotated[str | None, typer.Argument(help="Of one account; of all unless said.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Legal holds, also those that were lifted: who placed them, when and why."""
+    from metering.legal_holds import holds_of
+
+    with open_meter() as meter:
+        show([fields_of(hold) for hold in holds_of(meter.ledger, account)], as_json)
 
 
 @keys.command("create")

@@ -314,3 +314,17 @@ def test_help_is_light() -> None:
         heavy = {"sqlalchemy", "alembic", "pyarrow", "msgspec", "rich.markdown", "rich.console", "metering.meter"}
         assert heavy.isdisjoint(json.loads(ran.stderr))
         assert ran.stdout.startswith("Usage: tallystick")
+
+
+def test_legal_holds(command: Callable[..., Any], app: Meter) -> None:
+    app.accounts.create("acme", plan="pro")
+    assert command("accounts", "hold", "acme", "--reason", "case 4711").out.startswith(
+        "account acme is on legal hold since "
+    )
+    again = command("accounts", "hold", "acme", "--reason", "again")
+    assert (again.status, again.out) == (1, "")
+    assert again.err.startswith("error: account 'acme' is on hold since ")
+    assert command("accounts", "release", "acme").out.startswith("account acme is released; it was on legal hold since")
+    assert command("accounts", "release", "acme").err == "error: account 'acme' is not on hold\n"
+    [hold] = json.loads(command("accounts", "holds", "--json").out)
+    assert (hold["account"], hold["reason"], hold["released_by"]) == ("acme", "case 4711", hold["placed_by"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -289,3 +291,11 @@ def test_what_waits_in_the_spool(app: Meter, monkeypatch: pytest.MonkeyPatch) ->
     for path in folder.iterdir():
         path.unlink()
     assert "spool" not in findings()
+
+
+def test_a_file_that_never_shrinks_is_named(here: Path) -> None:
+    assert findings()["space"][1].endswith(" of them free")
+    with closing(sqlite3.connect(here)) as connection:
+        connection.execute("PRAGMA auto_vacuum = NONE")
+        connection.execute("VACUUM")
+    assert f"sqlite3 {here} 'PRAGMA auto_vacuum = INCREMENTAL; VACUUM'" in warnings()["space"]
