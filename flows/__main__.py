@@ -74,12 +74,22 @@ def enforce_retention(
     replay_days: Annotated[int, typer.Option(help="Answers kept for retries of the same call.")] = 7,
     span_days: Annotated[int, typer.Option(help="Traced spans, once their period is closed.")] = 90,
     observation_days: Annotated[int, typer.Option(help="What providers said of their limits.")] = 90,
+    archive_after_days: Annotated[
+        int, typer.Option(help="How long after the close of a period its events are archived.")
+    ] = 400,
 ) -> None:
     """Delete what is over: the request log by plan, all else by age; nothing of accounts on legal hold."""
     from flows.enforce_retention import enforce_retention as flow
 
     sys.exit(
-        call(flow, dry_run=dry_run, replay_days=replay_days, span_days=span_days, observation_days=observation_days)
+        call(
+            flow,
+            dry_run=dry_run,
+            replay_days=replay_days,
+            span_days=span_days,
+            observation_days=observation_days,
+            archive_after_days=archive_after_days,
+        )
     )
 
 
@@ -198,28 +208,59 @@ def recost(
 
 
 @app.command()
+def restore(
+    period: Annotated[str, typer.Argument(help="The month the billing periods start in, YYYY-MM.")],
+) -> None:
+    """Read the archives of a period back, into the table restored.usage_events of the warehouse; nothing bills it."""
+    from flows.places import Places, billed_month
+    from metering.clock import utc_now
+    from tasks.restore import restore_period
+
+    def read_back() -> dict[str, int]:
+        places = Places.from_env()
+        month = billed_month(period, utc_now())
+        return restore_period(places.ledger_url, places.warehouse, places.archives, month)
+
+    sys.exit(call(read_back))
+
+
+@app.command()
 def verify(
     subject: Annotated[
-        str, typer.Argument(metavar="rollups|invoice|closes|NUMBER", help="What to verify; a NUMBER as INV-000001.")
+        str,
+        typer.Argument(
+            metavar="rollups|invoice|closes|archives|NUMBER", help="What to verify; a NUMBER as INV-000001."
+        ),
     ],
     period: Period = None,
 ) -> None:
     """Compute again, and compare.
 
     The rollups and the invoice files of a period with the ledger's own events; a final document with what was frozen
-    for it, and its files with the digests they were issued with; the chain of closes, with all that they froze.
+    for it, and its files with the digests they were issued with; the chain of closes, with all that they froze;
+    archives with what they were when they were made.
     """
     from flows.places import Places, billed_month
     from metering.clock import utc_now
-    from tasks.verify import close_differences, document_differences, invoice_differences, rollup_differences
+    from tasks.verify import (
+        archive_differences,
+        close_differences,
+        document_differences,
+        invoice_differences,
+        rollup_differences,
+    )
 
     def compare() -> list[str]:
         places = Places.from_env()
         match subject:
             case "rollups":
-                return rollup_differences(places.ledger_url, places.warehouse, billed_month(period, utc_now()))
+                month = billed_month(period, utc_now())
+                return rollup_differences(places.ledger_url, places.warehouse, month, places.archives)
             case "invoice":
-                return invoice_differences(places.ledger_url, places.out, billed_month(period, utc_now()))
+                month = billed_month(period, utc_now())
+                return invoice_differences(places.ledger_url, places.out, month, places.archives)
+            case "archives":
+                return archive_differences(places.ledger_url, places.archives)
             case "closes":
                 return close_differences(places.ledger_url)
             case _:

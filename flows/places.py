@@ -27,13 +27,19 @@ class Places:
     ledger_url: str
     warehouse: Path
     out: Path
+    archives: Path
 
     @classmethod
     def from_env(cls) -> Places:
         """Read METERING_* settings. Raises what opening the ledger raises."""
         settings = Settings.from_env()
         Ledger(settings.ledger_url, timeout_s=settings.timeout_s).close()
-        return cls(ledger_url=settings.ledger_url, warehouse=settings.warehouse, out=settings.out)
+        return cls(
+            ledger_url=settings.ledger_url,
+            warehouse=settings.warehouse,
+            out=settings.out,
+            archives=settings.archives,
+        )
 
 
 def billed_month(period: str | None, now: datetime) -> str:

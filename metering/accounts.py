@@ -25,6 +25,7 @@ from metering.errors import (
     UnknownKey,
 )
 from metering.ledger import admin_log, outbox, plan_versions
+from metering.ledger.archived import has_archives
 from metering.ledger.locks import hold_still
 from metering.ledger.schema import account_plans, accounts, api_keys, events
 from metering.ledger.types import can_be_name
@@ -457,7 +458,8 @@ def _find_account(connection: sa.Connection, account: str, now: datetime) -> Acc
 
 
 def _has_events(connection: sa.Connection, account: str) -> bool:
-    return connection.execute(sa.select(events.c.seq).where(events.c.account == account).limit(1)).first() is not None
+    found = connection.execute(sa.select(events.c.seq).where(events.c.account == account).limit(1)).first()
+    return found is not None or has_archives(connection, account)
 
 
 def _address_text(address: tuple[str, ...]) -> str | None:

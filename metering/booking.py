@@ -16,8 +16,8 @@ from metering.admission.redis.stream import BODY, HEADER, decode_event, decode_h
 from metering.admission.rows import event_row
 from metering.admission.statements import statements
 from metering.billing.money import EXACT
-from metering.corrections import correcting_ids, find_event, reversal_row
-from metering.errors import InvalidEvent, UnknownAccount, UnknownEvent
+from metering.corrections import billed_event, correcting_ids, reversal_row
+from metering.errors import InvalidEvent, UnknownAccount
 from metering.events import TOKEN_FIELDS, Call, TokenUsage, derive_event_id
 from metering.ledger.transactions import doubts_the_transaction
 from metering.ledger.types import instant_text
@@ -163,10 +163,7 @@ class _Ledger:
             billed = replacement
 
     def event(self, event_id: UUID) -> dict[str, Any]:
-        row = find_event(self.cursor, event_id)
-        if row is None:
-            raise UnknownEvent(event_id)
-        return row
+        return billed_event(self.cursor, event_id)
 
     def insert(self, row: dict[str, Any], position: str) -> bool:
         """Whether it is the first of its id."""

@@ -27,7 +27,16 @@ if TYPE_CHECKING:
     from metering.ledger import Ledger
     from metering.ledger.transactions import Cursor
 
-__all__ = ["Correction", "apply_verdict", "correct", "correcting_ids", "find_event", "reversal_row", "standing"]
+__all__ = [
+    "Correction",
+    "apply_verdict",
+    "billed_event",
+    "correct",
+    "correcting_ids",
+    "find_event",
+    "reversal_row",
+    "standing",
+]
 
 _SQL = statements()
 
@@ -58,7 +67,8 @@ def correct(
 
     Both new ids derive from the event they replace, so the same correction is booked once, however often it is sent.
     `announce` is called after the commit of one that moves counters; what it raises, the correction stands.
-    Raises `CorrectionConflict` where that event was replaced before by other values, or undone; `UnknownEvent`.
+    Raises `CorrectionConflict` where that event was replaced before by other values, undone, or archived;
+    `UnknownEvent`.
     """
     said = {} if usage is None else dict(usage.to_dict())
     given: dict[str, Any] = {"model": model, "provider": provider, "billable": billable, **said}
@@ -75,9 +85,7 @@ def _book(
     cursor: Cursor, event_id: UUID, wanted: dict[str, Any], reason: str, now: datetime
 ) -> tuple[Correction, bool]:
     """The correction, and whether it moves counters."""
-    current = find_event(cursor, event_id)
-    if current is None:
-        raise UnknownEvent(event_id)
+    current = billed_event(cursor, event_id)
     if current["requests"] < 0:
         raise CorrectionConflict(f"event {event_id} is a reversal: correct the replacement that came with it")
     original = UUID(current["corrects"] or current["event_id"])
@@ -249,6 +257,23 @@ def find_event(cursor: Cursor, event_id: UUID) -> dict[str, Any] | None:
     values = dict(zip((column[0] for column in cursor.description), row, strict=True))
     del values["seq"]
     return values
+
+
+def billed_event(cursor: Cursor, event_id: UUID) -> dict[str, Any]:
+    """As `find_event`, of an event that can be corrected. Raises `UnknownEvent`, `CorrectionConflict` once archived.
+
+    What corrects it would be costed and billed by it, and it is, or is about to be, no longer there.
+    """
+    (period,) = cursor.execute(_SQL["find_archived"], {"event_id": event_id.hex}).fetchone()
+    if period is not None:
+        raise CorrectionConflict(
+            f"event {event_id} of {period} is archived, so it can no longer be corrected; a credit note can give back "
+            "what was billed for it"
+        )
+    row = find_event(cursor, event_id)
+    if row is None:
+        raise UnknownEvent(event_id)
+    return row
 
 
 def _move_counters(cursor: Cursor, before: dict[str, Any], after: dict[str, Any]) -> None:

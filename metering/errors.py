@@ -14,6 +14,7 @@ MeteringError
 │   ├── UnknownPlan
 │   ├── UnknownKey
 │   ├── UnknownEvent
+│   ├── EventsArchived      events that have left the ledger for an archive
 │   ├── UnknownReconciliation
 │   ├── UnknownInvoice
 │   ├── UnknownProvider     a provider whose rate limits are not known here
@@ -49,6 +50,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from metering.admission.protocol import Decision
 
 __all__ = [
@@ -58,6 +61,7 @@ __all__ = [
     "Conflict",
     "ConnectionFailed",
     "CorrectionConflict",
+    "EventsArchived",
     "HostNotFound",
     "IdempotencyConflict",
     "IdempotencyInProgress",
@@ -194,6 +198,19 @@ class UnknownEvent(NotFound):
     def __init__(self, event_id: object) -> None:
         super().__init__(f"event {event_id} is not in the ledger")
         self.event_id = event_id
+
+
+class EventsArchived(NotFound):
+    """Events of the time asked for have left the ledger for an archive: nothing can be counted over them."""
+
+    def __init__(self, account: str, period: str, last_at: datetime) -> None:
+        super().__init__(
+            f"events of account {account!r} up to {last_at.isoformat()} are archived: ask for what came after, or read "
+            f"them with `python -m flows restore {period}`"
+        )
+        self.account = account
+        self.period = period
+        self.last_at = last_at
 
 
 class UnknownReconciliation(NotFound):

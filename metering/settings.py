@@ -58,6 +58,11 @@ class Settings:
         return self.home / "out"
 
     @property
+    def archives(self) -> Path:
+        """The folder of events that have left the ledger: to be backed up with it."""
+        return self.home / "archives"
+
+    @property
     def spool(self) -> Path:
         """The folder of what could not be told to its store yet."""
         return self.home / "spool"

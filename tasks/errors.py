@@ -3,6 +3,7 @@
 JobError
 ├── WarehouseError      the warehouse cannot be used
 ├── ReportError         a report cannot be written
+├── ArchiveError        an archive cannot be written, or is not what was archived
 ├── ProviderError       a provider's report cannot be had
 └── AccountsNotBilled   every other account's invoice is there
 """
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-__all__ = ["AccountsNotBilled", "JobError", "ProviderError", "ReportError", "WarehouseError"]
+__all__ = ["AccountsNotBilled", "ArchiveError", "JobError", "ProviderError", "ReportError", "WarehouseError"]
 
 
 class JobError(Exception):
@@ -31,6 +32,14 @@ class ReportError(JobError):
 
     def __init__(self, path: Path, cause: OSError) -> None:
         super().__init__(f"{path}: cannot be written: {cause.strerror or cause}")
+        self.path = path
+
+
+class ArchiveError(JobError):
+    """An archive cannot be written, or is not what was archived. Nothing is deleted then."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
         self.path = path
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from prefect import task
 
 from metering.ledger import Ledger
+from metering.settings import Settings
 from tasks.errors import WarehouseError
 from tasks.warehouse import lease
 
@@ -22,17 +23,19 @@ PATIENCE_S = 10
 
 
 @task
-def load_ledger(ledger_url: str, warehouse: Path) -> dict[str, int]:
+def load_ledger(ledger_url: str, warehouse: Path, archives: Path | None = None) -> dict[str, int]:
     """Load what is new; returns `loaded` events and the `watermark` reached.
+
+    `archives` is the folder of events that have left the ledger, where the settings have it unless said.
 
     Raises `WarehouseError`, and what opening the ledger raises.
     """
     with lease(warehouse, exclusive=True) as held:
-        return load_into(ledger_url, warehouse, held)
+        return load_into(ledger_url, warehouse, held, archives)
 
 
-def load_into(ledger_url: str, warehouse: Path, held: int) -> dict[str, int]:
-    """Load what is new, under the lease of descriptor `held`.
+def load_into(ledger_url: str, warehouse: Path, held: int, archives: Path | None = None) -> dict[str, int]:
+    """Load what is new, under the lease of descriptor `held`; also events that are only in `archives` any more.
 
     A fresh interpreter, never a fork: see `tasks.load_worker`. It inherits the lease, so that a worker whose parent
     was killed keeps others out until it has ended too.
@@ -40,7 +43,7 @@ def load_into(ledger_url: str, warehouse: Path, held: int) -> dict[str, int]:
     worker = subprocess.run(  # noqa: S603  our own module
         [sys.executable, "-m", "tasks.load_worker", str(warehouse.absolute())],
         cwd=ROOT,
-        input=json.dumps(for_duckdb(ledger_url)),
+        input=json.dumps(for_duckdb(ledger_url, archives)),
         capture_output=True,
         text=True,
         check=False,
@@ -55,12 +58,13 @@ def load_into(ledger_url: str, warehouse: Path, held: int) -> dict[str, int]:
     return dict(answer)
 
 
-def for_duckdb(ledger_url: str) -> dict[str, str]:
-    """Where a ledger is, as the worker wants to be told, once it is known that it can be used."""
+def for_duckdb(ledger_url: str, archives: Path | None = None) -> dict[str, str]:
+    """Where a ledger and its archives are, as the worker wants to be told, once it is known that it can be used."""
     ledger = Ledger(ledger_url)
     ledger.close()
+    folder = {"archives": str((archives or Settings.from_env().archives).absolute())}
     if ledger.dialect == "sqlite":
-        return {"type": "sqlite", "at": str(ledger.path.absolute())}
+        return {"type": "sqlite", "at": str(ledger.path.absolute()), **folder}
     from psycopg.conninfo import conninfo_to_dict, make_conninfo  # noqa: PLC0415  only where there is a Postgres
 
     given: dict[str, Any] = conninfo_to_dict(ledger_url.replace("+psycopg", "", 1))
@@ -70,4 +74,4 @@ def for_duckdb(ledger_url: str) -> dict[str, str]:
         "connect_timeout": PATIENCE_S,
         "tcp_user_timeout": PATIENCE_S * 1000,
     }
-    return {"type": "postgres", "at": make_conninfo(**{**usual, **given}), **password}
+    return {"type": "postgres", "at": make_conninfo(**{**usual, **given}), **password, **folder}

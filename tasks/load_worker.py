@@ -5,11 +5,13 @@ ledger (sqlite.org/howtocorrupt.html, 2.2.1). So this interpreter opens the ledg
 and nothing else in the project attaches a ledger. Postgres knows no such trap, but one way to load is enough.
 
 `tasks.load` starts it, under the lease. Its standard input says where the ledger is, as JSON: `type` (sqlite or
-postgres), `at` (a file, or libpq's keywords and values) and `password`, if there is one. Prints one line of JSON.
+postgres), `at` (a file, or libpq's keywords and values), `password`, if there is one, and `archives`, the folder of
+events that have left it. Prints one line of JSON.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -76,6 +78,8 @@ def load(ledger: Mapping[str, str], warehouse: Path) -> dict[str, int]:
     loaded = 0
     with open_for_writing(warehouse) as connection, _attached_ledger(connection, ledger) as ask:
         watermark = _watermark(connection, ask)
+        # Before the rows are read, so that whatever has left the ledger by then is in one of them.
+        archived = ask("SELECT account, period, part, file, digest FROM archives")
         newest = newest_recost(ask(sql("newest_recost")))
         if not watermark:
             connection.execute(f"DELETE FROM loaded_recost; INSERT INTO loaded_recost VALUES ({newest})")  # noqa: S608
@@ -93,12 +97,45 @@ def load(ledger: Mapping[str, str], warehouse: Path) -> dict[str, int]:
             connection.execute("COMMIT")
             loaded += count
             watermark = up_to
+        loaded += _load_archives(connection, Path(ledger["archives"]), archived)
         return {
             "loaded": loaded,
             "watermark": watermark,
             "spans": _copy(connection, ask, ledger["type"], _SPANS),
             "provider_windows": _copy(connection, ask, ledger["type"], _PROBES),
         }
+
+
+def _load_archives(connection: duckdb.DuckDBPyConnection, folder: Path, archived: list[tuple[Any, ...]]) -> int:
+    """Add archived events that are not here, each file's once; how many. There are none but in a new warehouse."""
+    known = set(connection.execute("SELECT account, period, part FROM loaded_archives").fetchall())
+    added = 0
+    for account, period, part, file, digest in archived:
+        name = (account, period, int(part))
+        if name in known:
+            continue
+        _check_archive(folder / file, digest)
+        connection.execute("CREATE OR REPLACE TEMP TABLE batch AS FROM usage_events LIMIT 0")
+        connection.execute(sql("load_archive"), {"file": str(folder / file)})
+        ((count,),) = connection.execute("SELECT count(*) FROM batch").fetchall()
+        connection.execute("BEGIN")
+        if count:
+            connection.execute("INSERT INTO usage_events FROM batch")
+            connection.execute(sql("rollup"))
+        connection.execute("INSERT INTO loaded_archives VALUES (?, ?, ?)", name)
+        connection.execute("COMMIT")
+        added += count
+    return added
+
+
+def _check_archive(path: Path, digest: str) -> None:
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as exc:
+        raise WarehouseError(f"archive {path}: cannot be read ({exc.strerror}), and its events are not here") from exc
+    if found != digest:
+        raise WarehouseError(f"archive {path}: has SHA-256 {found}, but was archived with {digest}: it was changed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from prefect import task
 from metering.billing.money import EXACT
 from metering.billing.tables import written
 from metering.ledger import Ledger, admin_log
-from metering.ledger.schema import closes, event_costs, events, recosts, replaced_costs
+from metering.ledger.schema import archives, closes, event_costs, events, recosts, replaced_costs
 from tasks import costs
 from tasks.errors import JobError
 from tasks.warehouse import lease
@@ -92,6 +92,10 @@ class _Standing:
 def _recost(ledger: Ledger, act: Act, *, dry_run: bool) -> list[CostChange]:
     sums: defaultdict[str, Any] = defaultdict(Counter)
     with ledger.read() as connection:
+        archived = sa.select(archives.c.account).where(archives.c.period == act.period).order_by(archives.c.account)
+        account = connection.execute(archived.limit(1)).scalar()
+        if account is not None:
+            raise JobError(f"events of {act.period} are archived, such as those of {account!r}: their costs are final")
         standing = _standing(connection, act)
     for page in _pages(ledger, act.period, standing.newest if standing.is_ours else 0):
         _add_up(sums, page)

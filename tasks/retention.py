@@ -12,13 +12,20 @@ from metering.console import progress_bar
 from metering.ledger import Ledger, log_partitions
 from metering.ledger.retention import due, rules, shrink, sweep
 from metering.ledger.schema import request_log
+from tasks.archives import archive_period, delete_archived, due_periods
+from tasks.errors import JobError
 
 if TYPE_CHECKING:
     from datetime import datetime
+    from pathlib import Path
 
     from metering.ledger.retention import Kept, Rule
+    from tasks.archives import Archived, DuePeriod
 
-__all__ = ["Over", "delete_over", "find_over"]
+__all__ = ["Over", "archive_over", "delete_over", "find_over"]
+
+HELD = "legal hold"
+UNBILLED = "not all of the period is billed or costed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,16 +36,16 @@ class Over:
     account: str | None
     """None: they are nobody's."""
     rows: int
-    is_held: bool = False
-    """They would, but for a legal hold."""
+    stays: str | None = None
+    """Why they stay after all."""
 
     def __str__(self) -> str:
         whose = "" if self.account is None else f" of {self.account}"
-        return f"{self.table}: {self.rows:,} rows{whose}{' stay: legal hold' if self.is_held else ''}"
+        return f"{self.table}: {self.rows:,} rows{whose}{'' if self.stays is None else f' stay: {self.stays}'}"
 
 
 @task
-def find_over(ledger_url: str, now: datetime, kept: Kept) -> list[Over]:
+def find_over(ledger_url: str, now: datetime, kept: Kept, archive_after_days: int) -> list[Over]:
     """What would go at a moment, and what a legal hold keeps. Writes nothing."""
     ledger = Ledger(ledger_url)
     try:
@@ -46,7 +53,9 @@ def find_over(ledger_url: str, now: datetime, kept: Kept) -> list[Over]:
         for rule in rules(now, kept):
             with ledger.read() as connection:
                 goes, stays = due(connection, rule)
-            found += _lines(rule.table.name, goes) + _lines(rule.table.name, stays, is_held=True)
+            found += _lines(rule.table.name, goes) + _lines(rule.table.name, stays, stays=HELD)
+        for each in due_periods(ledger, now, archive_after_days):
+            found.append(_events(each, each.events, HELD if each.is_held else None))
         return found
     finally:
         ledger.close()
@@ -71,6 +80,39 @@ def delete_over(ledger_url: str, now: datetime, kept: Kept) -> list[Over]:
         ledger.close()
 
 
+@task
+def archive_over(ledger_url: str, archives: Path, now: datetime, archive_after_days: int) -> list[Over]:
+    """Archive the events of periods that were closed so many days ago, and delete them; what went, and what stays.
+
+    An archive is written, read back and compared with the ledger before any of its events goes, and a run that was
+    killed is finished by the next one. Raises `JobError` where a file is not what it was; all else is done then.
+    """
+    ledger = Ledger(ledger_url)
+    try:
+        # What another run has left first: only then is what is in the ledger not archived yet.
+        gone, problems = delete_archived(ledger, archives, now)
+        done = []
+        with progress_bar("archives") as bar:
+            waiting = list(due_periods(ledger, now, archive_after_days))
+            for number, each in enumerate(waiting):
+                if each.is_held:
+                    done.append(_events(each, each.events, HELD))
+                elif not archive_period(ledger, archives, each, now):
+                    done.append(_events(each, each.events, UNBILLED))
+                if bar is not None:
+                    bar((number + 1) / len(waiting))
+        also, more_problems = delete_archived(ledger, archives, now)
+        if found := list(dict.fromkeys(problems + more_problems)):
+            raise JobError("; ".join(found))
+        return [_events(each, each.events) for each in gone + also] + done
+    finally:
+        ledger.close()
+
+
+def _events(of: DuePeriod | Archived, count: int, stays: str | None = None) -> Over:
+    return Over(table=f"events of {of.period}", account=of.account, rows=count, stays=stays)
+
+
 def _delete(ledger: Ledger, rule: Rule, now: datetime) -> list[Over]:
     gone: Counter[str | None] = Counter()
     with progress_bar(rule.table.name) as bar:
@@ -87,7 +129,7 @@ def _delete(ledger: Ledger, rule: Rule, now: datetime) -> list[Over]:
     gone.update(swept.gone)
     with ledger.read() as connection:
         _, stays = due(connection, rule)
-    return _lines(rule.table.name, gone) + _lines(rule.table.name, stays, is_held=True)
+    return _lines(rule.table.name, gone) + _lines(rule.table.name, stays, stays=HELD)
 
 
 def _total(ledger: Ledger, rule: Rule) -> int:
@@ -96,6 +138,6 @@ def _total(ledger: Ledger, rule: Rule) -> int:
     return goes.total()
 
 
-def _lines(table: str, rows: Counter[str | None], *, is_held: bool = False) -> list[Over]:
+def _lines(table: str, rows: Counter[str | None], *, stays: str | None = None) -> list[Over]:
     found = sorted(rows.items(), key=lambda each: each[0] or "")
-    return [Over(table=table, account=account, rows=count, is_held=is_held) for account, count in found if count]
+    return [Over(table=table, account=account, rows=count, stays=stays) for account, count in found if count]

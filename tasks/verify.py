@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from contextlib import closing
-from decimal import Decimal
-from typing import TYPE_CHECKING
+from decimal import Decimal, localcontext
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
 from metering.billing.invoices import UsageSum
+from metering.billing.money import EXACT
 from metering.errors import MeteringError
 from metering.events import TOKEN_FIELDS
 from metering.ledger import Ledger
 from metering.ledger.closing import chain_faults, document, documents_of, frozen_of, recomputed
 from metering.ledger.schema import events
+from metering.settings import Settings
+from tasks.archives import archived_sums, changed_archives
 from tasks.bills import build_bills, invoice_files
 from tasks.periods import Loaded, late_of, loaded
 from tasks.warehouse import open_for_reading, sql
@@ -23,14 +26,25 @@ from tasks.warehouse import open_for_reading, sql
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["close_differences", "document_differences", "invoice_differences", "rollup_differences"]
+__all__ = [
+    "archive_differences",
+    "close_differences",
+    "document_differences",
+    "invoice_differences",
+    "rollup_differences",
+]
+
+GROUP = ("plan_version", "line", "provider", "model", "service_tier")
 
 
-def rollup_differences(ledger_url: str, warehouse: Path, period: str) -> list[str]:
-    """Where the warehouse's rollup of a period is not what the ledger's events add up to; empty if nowhere."""
+def rollup_differences(ledger_url: str, warehouse: Path, period: str, archives: Path | None = None) -> list[str]:
+    """Where the warehouse's rollup of a period is not what the ledger's events add up to; empty if nowhere.
+
+    Those in `archives` are counted too, a folder that the settings name unless it is said.
+    """
     with open_for_reading(warehouse) as connection:
         rolled_up = loaded(connection, period).usage
-    recorded = _ledger_sums(ledger_url, period)
+    recorded = _ledger_sums(ledger_url, period, archives)
     return [
         f"{account}: the ledger has {_shown(recorded.get(account))}, the rollup {_shown(rolled_up.get(account))}"
         for account in sorted(recorded.keys() | rolled_up.keys())
@@ -38,13 +52,15 @@ def rollup_differences(ledger_url: str, warehouse: Path, period: str) -> list[st
     ]
 
 
-def invoice_differences(ledger_url: str, out: Path, period: str) -> list[str]:
+def invoice_differences(ledger_url: str, out: Path, period: str, archives: Path | None = None) -> list[str]:
     """Which invoice files of a period are not, byte for byte, what the ledger's events come to; empty if none."""
     folder = out / period / "invoices"
     expected: dict[str, bytes] = {}
-    known = Loaded(usage=_ledger_sums(ledger_url, period))
+    known = Loaded(usage=_ledger_sums(ledger_url, period, archives))
     with closing(Ledger(ledger_url)) as ledger, ledger.read() as connection:
-        late = late_of(connection, _counts(connection), lambda month: Loaded(usage=_ledger_sums(ledger_url, month)))
+        late = late_of(
+            connection, _counts(connection), lambda month: Loaded(usage=_ledger_sums(ledger_url, month, archives))
+        )
         finals = [each.invoice for each in documents_of(connection, period=period)]
         for invoice in (*finals, *build_bills(connection, known, period, late).invoices):
             expected |= invoice_files(invoice)
@@ -94,23 +110,39 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _ledger_sums(ledger_url: str, period: str) -> dict[str, list[UsageSum]]:
-    sums: defaultdict[str, list[UsageSum]] = defaultdict(list)
+def archive_differences(ledger_url: str, archives: Path) -> list[str]:
+    """Which archives are no longer what was archived, each by its file; empty if none."""
+    ledger = Ledger(ledger_url)
+    try:
+        return changed_archives(ledger, archives)
+    finally:
+        ledger.close()
+
+
+def _ledger_sums(ledger_url: str, period: str, archives: Path | None) -> dict[str, list[UsageSum]]:
+    """Billable usage of a period by account, of events in the ledger and of those that have left it."""
+    sums: defaultdict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    folder = archives or Settings.from_env().archives
     ledger = Ledger(ledger_url)
     try:
         with ledger.read() as connection:
+            rows = archived_sums(connection, folder, period)
             query = sql("ledger_sums")
             if ledger.dialect == "postgresql":
                 query = query.replace("exact_sum(", "sum(")  # which is exact there
-            for row in connection.execute(sa.text(query), {"period": period}).mappings():
-                values = dict(row)
-                values["quantity"] = Decimal(values["quantity"])
-                values["cost"] = Decimal(values["cost"])
-                values |= {name: int(values[name]) for name in TOKEN_FIELDS}
-                sums[values.pop("account")].append(UsageSum(**values))
+            rows += [dict(row) for row in connection.execute(sa.text(query), {"period": period}).mappings()]
     finally:
         ledger.close()
-    return sums
+    for values in rows:
+        values |= {name: Decimal(values[name]) for name in ("quantity", "cost")}
+        values |= {name: int(values[name]) for name in (*TOKEN_FIELDS, "requests", "unpriced_requests")}
+        sums[tuple(values.pop(name) for name in ("account", *GROUP))].append(values)
+    found: defaultdict[str, list[UsageSum]] = defaultdict(list)
+    for (account, *group), parts in sums.items():
+        with localcontext(EXACT):
+            amounts = {name: sum((part[name] for part in parts[1:]), parts[0][name]) for name in parts[0]}
+        found[account].append(UsageSum(**dict(zip(GROUP, group, strict=True)), **amounts))
+    return found
 
 
 def _counts(connection: sa.Connection) -> dict[tuple[str, str], int]:

@@ -12,6 +12,13 @@ CREATE TABLE IF NOT EXISTS loaded_recost (
     recost INTEGER NOT NULL
 );
 
+-- Archives whose events are here: each was looked through once.
+CREATE TABLE IF NOT EXISTS loaded_archives (
+    account VARCHAR NOT NULL,
+    period VARCHAR NOT NULL,
+    part INTEGER NOT NULL
+);
+
 CREATE TABLE IF NOT EXISTS usage_events (
     seq BIGINT NOT NULL,
     event_id UUID NOT NULL,

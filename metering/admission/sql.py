@@ -301,7 +301,8 @@ class SqlWorks:
                 raise SettleConflict(
                     f"hold {hold.hold_id} was settled before with other usage; the first settle stands"
                 )
-            billable, late = cursor.execute(_SQL["find_settled_event"], {"event_id": settled_event_id}).fetchone()
+            found = cursor.execute(_SQL["find_settled_event"], {"event_id": settled_event_id}).fetchone()
+            billable, late = found or (settled_event_id == hold.event_id.hex, False)  # its event may be archived
             return Settled(event_id=UUID(settled_event_id), billable=bool(billable), late=bool(late), repeated=True)
 
         given = units_of(settlement.usage, settlement.quantity)

@@ -176,6 +176,14 @@ INSERT INTO request_log (
 -- name: find_event
 SELECT * FROM events WHERE event_id = :event_id
 
+-- name: find_archived
+SELECT coalesce(
+    (SELECT a.period FROM events AS e JOIN archives AS a ON a.account = e.account AND a.period = e.period
+    WHERE e.event_id = :event_id AND e.seq <= a.seq_to LIMIT 1),
+    (SELECT i.period FROM event_ids AS i
+    WHERE i.event_id = :event_id AND NOT EXISTS (SELECT 1 FROM events AS e WHERE e.event_id = i.event_id))
+)
+
 -- name: find_run_events
 SELECT event_id, kind, corrects, seq, model FROM events WHERE run_id = :run_id
 

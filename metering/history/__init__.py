@@ -19,6 +19,7 @@ from metering.history.ledger import (
     find_places,
     read_place,
 )
+from metering.ledger.archived import archived_periods
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -91,6 +92,14 @@ def histories_of(
         histories = [_history(connection, place, held[named], coming, out) for named, place in places.items()]
     histories = [history for history in histories if _says_something(history)]
     if not histories:
+        asked = {root for place in places.values() for root in place.roots}
+        with ledger.read() as connection:
+            periods = archived_periods(connection, asked if event_id is None else asked | {event_id})
+        if periods:
+            raise NotFound(
+                f"{key!r} was billed in {', '.join(periods)}, and its events are archived: "
+                f"`python -m flows restore {periods[0]}` reads them back"
+            )
         where = "the ledger" if link is None else "the ledger and Redis"
         hint = "" if link is None or (account and line) else "; an open hold there is found with its account and line"
         raise NotFound(f"nothing is known of {key!r} in {where}, as an idempotency key or as an event id{hint}")

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from metering.errors import Conflict, UnknownPlan
 from metering.ledger import admin_log, outbox
+from metering.ledger.archived import has_archives
 from metering.ledger.locks import hold_still
 from metering.ledger.schema import account_plans, events, plan_versions
 from metering.plans import BUILT_IN, Plan
@@ -130,6 +131,12 @@ def _refuse_recorded(connection: sa.Connection, plan: str, known: list[PlanVersi
         .select_from(events)
         .where(events.c.plan_version.in_([version.plan_version for version in known]), events.c.occurred_at >= begins)
     ).scalar()
+    ever_on_it = sa.select(account_plans.c.account).where(account_plans.c.plan == plan)
+    if has_archives(connection, ever_on_it, begins):
+        raise Conflict(
+            f"plan {plan!r} may have events since {begins.isoformat()} that are archived, recorded under an earlier "
+            "version: apply it from now on"
+        )
     if recorded:
         raise Conflict(
             f"plan {plan!r} has {recorded} events since {begins.isoformat()}, recorded under an earlier version: "

@@ -12,6 +12,7 @@ from sqlalchemy.ext.compiler import compiles
 
 from metering.errors import InvalidSetting, UnknownAccount
 from metering.events import TOKEN_FIELDS
+from metering.ledger.archived import refuse_archived
 from metering.ledger.schema import accounts, events, request_log
 from metering.ledger.types import ExactDecimal, can_be_name
 
@@ -108,7 +109,10 @@ def usage_of(
     end: datetime | None = None,
     by: UsageBy | None = None,
 ) -> list[UsageTotal]:
-    """Usage of an account that occurred in [start, end), in one total or by a field; days are UTC."""
+    """Usage of an account that occurred in [start, end), in one total or by a field; days are UTC.
+
+    Raises `EventsArchived` where some of it is no longer in the ledger.
+    """
     if by is not None and by not in _BY:
         raise InvalidSetting("by", by, f"one of {', '.join(_BY)}")
     group = sa.null() if by is None else _BY[by]
@@ -126,6 +130,7 @@ def usage_of(
         query = query.group_by(group)
     with ledger.read() as connection:
         _require_account(connection, account)
+        refuse_archived(connection, account, start, end)
         totals = [UsageTotal(**row) for row in connection.execute(query).mappings()]
     # Databases differ in where they put NULL, and in how they compare text.
     return sorted(totals, key=lambda total: (total.group is not None, total.group or ""))

@@ -75,6 +75,10 @@ class Place:
         return self.home / "warehouse.duckdb"
 
     @property
+    def archives(self) -> Path:
+        return self.home / "archives"
+
+    @property
     def out(self) -> Path:
         return self.home / "out"
 
@@ -104,7 +108,7 @@ class Place:
         return cost_events.fn(self.ledger_url, COSTED_AT)
 
     def load(self) -> dict[str, int]:
-        return load_ledger.fn(self.ledger_url, self.warehouse)
+        return load_ledger.fn(self.ledger_url, self.warehouse, self.archives)
 
     def newest(self) -> int:
         """Where the watermark is once everything is loaded."""

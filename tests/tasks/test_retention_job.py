@@ -71,7 +71,7 @@ def counts(place: Place) -> dict[str, Any]:
 def test_each_rule_takes_its_own(place: Place) -> None:
     fill(place)
     before = counts(place)
-    assert find_over.fn(place.ledger_url, NOVEMBER + timedelta(days=6), Kept()) == []
+    assert find_over.fn(place.ledger_url, NOVEMBER + timedelta(days=6), Kept(), 400) == []
     expected = [
         "request_log: 1 rows of acme",
         "request_log: 1 rows of held stay: legal hold",
@@ -83,7 +83,7 @@ def test_each_rule_takes_its_own(place: Place) -> None:
         "provider_probes: 1 rows",
         "paid_probes: 1 rows",
     ]
-    assert [str(line) for line in find_over.fn(place.ledger_url, LATER, Kept())] == expected
+    assert [str(line) for line in find_over.fn(place.ledger_url, LATER, Kept(), 400)] == expected
     assert counts(place) == before
     assert [str(line) for line in delete_over.fn(place.ledger_url, LATER, Kept())] == expected
     assert counts(place) == {
@@ -103,7 +103,7 @@ def test_each_rule_takes_its_own(place: Place) -> None:
 def test_days_can_be_said(place: Place) -> None:
     fill(place)
     kept = Kept(replay_days=200, span_days=200, observation_days=200)
-    found = [str(line) for line in find_over.fn(place.ledger_url, LATER, kept)]
+    found = [str(line) for line in find_over.fn(place.ledger_url, LATER, kept, 400)]
     assert found == ["request_log: 1 rows of acme", "request_log: 1 rows of held stay: legal hold"]
 
 
