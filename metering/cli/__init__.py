@@ -74,6 +74,30 @@ def usage(
     show([fields_of(total) for total in totals], as_json)
 
 
+def erase(
+    account: Account,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go, and what would stay.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Answer a deletion request: bodies, names and keys go, and what has to stay is said, with the rule."""
+    from metering.clock import utc_now
+    from metering.erasing import erase as erase_account
+
+    with open_meter() as meter:
+        if not dry_run:
+            meter.flush()  # what waits in the spool would be written after it
+        found = erase_account(meter.ledger, account, actor=actor(), now=utc_now(), dry_run=True)
+        show([fields_of(part) for part in (*found.gone, *found.stays)], as_json)
+        if dry_run or not found.gone:
+            return
+        if not yes:
+            typer.confirm(f"erase account {account}? This cannot be undone", abort=True, err=True)
+        erase_account(meter.ledger, account, actor=actor(), now=utc_now(), announce=meter._announce)
+    if not as_json:
+        typer.echo(f"account {account} is erased, but for what stays")
+
+
 def doctor(as_json: AsJson = False) -> None:
     """What is configured, reachable and migrated. Exit status 1: something is not."""
     from metering.doctor import examine
@@ -94,6 +118,7 @@ app.command()(quotas.drain)
 app.command()(tracing.trace)
 app.command()(quotas.verify)
 app.command()(probing.probe)
+app.command()(erase)
 app.command()(doctor)
 app.add_typer(plans.plans, name="plans")
 app.add_typer(accounts.accounts, name="accounts")

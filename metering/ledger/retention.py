@@ -78,6 +78,8 @@ class Rule:
     """The table, joined with what tells whose its rows are."""
     children: tuple[sa.Column[Any], ...] = ()
     """Columns of other tables that refer to the first key, and go first."""
+    emptied: tuple[sa.Column[Any], ...] = ()
+    """What goes of a row that stays; empty where the whole row goes."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -253,5 +255,8 @@ def _delete(connection: sa.Connection, rule: Rule, rows: Sequence[Sequence[Any]]
     for child in rule.children:
         connection.execute(child.table.delete().where(child.in_([row[0] for row in rows])))
     owners = {tuple(row[:-1]): row[-1] for row in rows}
-    gone = connection.execute(rule.table.delete().where(*conditions).returning(*rule.keys))
+    change: Any = rule.table.delete()
+    if rule.emptied:
+        change = rule.table.update().values(dict.fromkeys(column.name for column in rule.emptied))
+    gone = connection.execute(change.where(*conditions).returning(*rule.keys))
     return Counter(owners[tuple(row)] for row in gone)

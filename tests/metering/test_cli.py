@@ -13,6 +13,7 @@ import pytest
 
 from metering import Meter, TokenUsage
 from metering.console import _cell
+from metering.errors import RevokedKey
 from metering.ledger import SCHEMA
 from metering.ledger.schema import counters
 
@@ -328,3 +329,21 @@ def test_legal_holds(command: Callable[..., Any], app: Meter) -> None:
     assert command("accounts", "release", "acme").err == "error: account 'acme' is not on hold\n"
     [hold] = json.loads(command("accounts", "holds", "--json").out)
     assert (hold["account"], hold["reason"], hold["released_by"]) == ("acme", "case 4711", hold["placed_by"])
+
+
+def test_erasing_asks_first(command: Callable[..., Any], app: Meter) -> None:
+    secret = app.keys.create("acme", plan="pro", label="Ann").secret
+    app.consume(secret, line="a", request="hello")
+    shown = command("erase", "acme", "--dry-run").out
+    assert "request log" in shown
+    assert "kept as evidence of the bills" in shown
+    assert app.authenticate(secret)
+    refused = command("erase", "acme")
+    assert refused.status == 1
+    assert app.authenticate(secret)
+    assert command("erase", "acme", "--yes").out.endswith("account acme is erased, but for what stays\n")
+    with pytest.raises(RevokedKey):
+        app.authenticate(secret)
+    assert app.log("acme") == []
+    parts = json.loads(command("erase", "acme", "--json").out)
+    assert {part["becomes"] for part in parts} == {"stays"}

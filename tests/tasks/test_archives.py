@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
 
 import duckdb
 import pytest
@@ -29,6 +28,7 @@ from tests.tasks.place import NOVEMBER, PERIOD, Place, event, month_of_usage
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from uuid import UUID
 
 CLOSED = NOVEMBER + timedelta(days=17)
 LATER = NOVEMBER + timedelta(days=60)
@@ -289,7 +289,7 @@ def archived(place: Place) -> tuple[Place, UUID]:
 def test_usage_is_counted_over_what_is_there_or_not_at_all(archived: tuple[Place, UUID]) -> None:
     place, _ = archived
     with place.meter() as meter:
-        with pytest.raises(EventsArchived, match="events of account .acme. up to 2023-11-16T18:17"):
+        with pytest.raises(EventsArchived, match="events of account 'acme' up to 2023-11-16"):
             meter.usage("acme")
         with pytest.raises(EventsArchived):
             meter.usage("acme", start=NOVEMBER)
