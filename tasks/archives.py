@@ -326,9 +326,10 @@ def _delete(ledger: Ledger, path: Path, account: str, rest: Callable[[float], No
                     return gone, False
                 connection.execute(event_costs.delete().where(event_costs.c.seq.in_(batch)))
                 gone += connection.execute(events.delete().where(events.c.seq.in_(batch))).rowcount
+                worked_s = time.monotonic() - began
             took_s = time.monotonic() - began
             start += len(batch)
-            size = next_size(size, took_s)
+            size = next_size(size, worked_s)
             rest(max(took_s, LEAST_REST_S))
     return gone, True
 

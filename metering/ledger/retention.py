@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["Kept", "Rule", "Swept", "due", "held_accounts", "next_size", "rules", "shrink", "sweep"]
 
 FIRST_SIZE = 64
+LEAST_SIZE = 8
 MAX_SIZE = 1_000
 SLOW_S = 0.025
 FAST_S = 0.010
@@ -183,11 +184,12 @@ def sweep(
             held = held_accounts(connection)
             going = [row for row in page if row[-1] not in held]
             gone = _delete(connection, rule, going)
+            worked_s = time.monotonic() - began
         took_s = time.monotonic() - began
         swept.gone.update(gone)
         swept.longest_s = max(swept.longest_s, took_s)
         told(swept.gone.total())
-        size = next_size(size, took_s)
+        size = next_size(size, worked_s)
         rest(max(took_s, LEAST_REST_S))
 
 
@@ -198,11 +200,14 @@ def held_accounts(connection: sa.Connection) -> set[str]:
     )
 
 
-def next_size(size: int, took_s: float) -> int:
-    """How much to do at once, if `size` took so long. Rows may be of 100 bytes or of 100 KB, and disks differ."""
-    if took_s > SLOW_S:
-        return max(1, size // 2)
-    return min(MAX_SIZE, size * 2) if took_s < FAST_S else size
+def next_size(size: int, worked_s: float) -> int:
+    """How much to do at once, if `size` took so long, without the commit, which takes its time for a row as for many.
+
+    Rows may be of 100 bytes or of 100 KB, and disks differ.
+    """
+    if worked_s > SLOW_S:
+        return max(LEAST_SIZE, size // 2)
+    return min(MAX_SIZE, size * 2) if worked_s < FAST_S else size
 
 
 def shrink(ledger: Ledger, *, rest: Callable[[float], None] = time.sleep) -> int:
@@ -218,13 +223,15 @@ def shrink(ledger: Ledger, *, rest: Callable[[float], None] = time.sleep) -> int
             began = time.monotonic()
             cursor = cursor_of(connection)
             (before,) = cursor.execute("PRAGMA freelist_count").fetchone()
-            cursor.execute(f"PRAGMA incremental_vacuum({size})").fetchall()  # each row that is fetched is a page
+            for _ in range(min(size, before)):
+                cursor.execute("PRAGMA incremental_vacuum(1)")  # of more pages the driver would take one as well
             (left,) = cursor.execute("PRAGMA freelist_count").fetchone()
+            worked_s = time.monotonic() - began
         took_s = time.monotonic() - began
         returned += before - left
         if left in (0, before):
             return int(returned)
-        size = min(VACUUMED_PAGES, next_size(size, took_s))
+        size = min(VACUUMED_PAGES, next_size(size, worked_s))
         rest(max(took_s, LEAST_REST_S))
 
 

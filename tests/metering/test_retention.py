@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from metering import TokenUsage
 from metering.errors import Conflict, InvalidEvent, InvalidSetting, UnknownAccount
 from metering.ledger import admin_log
-from metering.ledger.retention import MAX_SIZE, Kept, due, next_size, rules, sweep
+from metering.ledger.retention import LEAST_SIZE, MAX_SIZE, Kept, due, next_size, rules, sweep
 from metering.ledger.schema import events, request_log
 from metering.legal_holds import holds_of, place_hold, release_hold
 from metering.plans import Plan
@@ -170,11 +170,11 @@ def test_what_is_kept_for_a_number_of_days_needs_a_number() -> None:
         Kept(span_days=-1)
 
 
-@given(st.integers(1, MAX_SIZE), st.floats(0, 10))
+@given(st.integers(LEAST_SIZE, MAX_SIZE), st.floats(0, 10))
 def test_a_batch_is_as_large_as_its_time_allows(size: int, took_s: float) -> None:
     following = next_size(size, took_s)
-    assert 1 <= following <= MAX_SIZE
+    assert LEAST_SIZE <= following <= MAX_SIZE
     if took_s > 0.1:
-        assert following <= max(1, size // 2)
+        assert following == max(LEAST_SIZE, size // 2)
     if took_s == 0:
         assert following == min(MAX_SIZE, size * 2)

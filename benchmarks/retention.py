@@ -1,0 +1,176 @@
+"""What a run of retention costs those who are admitted meanwhile: `python -m benchmarks.retention --on postgres`.
+
+A request log of two million rows, half of them over, beside another process that has calls admitted and logged, one
+after the other: how long these take before the run and during it, the longest time a batch kept other writers out, and
+by how much the job's memory grew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import select
+import subprocess
+import sys
+import time
+from argparse import ArgumentParser
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from statistics import quantiles
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from metering.clock import utc_now
+from metering.ledger import log_partitions
+from metering.ledger.retention import Kept, rules, shrink, sweep
+from metering.ledger.types import instant_text
+from metering.meter import Meter
+from metering.plans import Plan
+from tests.servers import PostgresServer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__: list[str] = []
+
+ROWS = 2_000_000
+ACCOUNTS = 10
+SAID = {"text": "x" * 500}
+BEFORE_S = 5.0
+EVERY_S = 0.005
+"""Between two calls: without a pause they alone would keep the ledger busy."""
+
+_FILL = {
+    "sqlite": """
+        WITH RECURSIVE numbers(n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM numbers WHERE n + 1 < {rows})
+        INSERT INTO request_log (account, line, logged_at, expires_at, request, response)
+        SELECT 'account-' || (n % {accounts}), 'application', '{logged_at}',
+            strftime('%Y-%m-%dT%H:%M:%S', '{middle}', ((n % 600 - 300) * 1200) || ' seconds') || '.000000Z',
+            '"' || hex(randomblob(150)) || '"', '"' || hex(randomblob(150)) || '"'
+        FROM numbers""",
+    "postgresql": """
+        INSERT INTO request_log (account, line, logged_at, expires_at, request, response)
+        SELECT 'account-' || (n %% {accounts}), 'application', '{logged_at}',
+            timestamptz '{middle}' + make_interval(secs => (n %% 600 - 300) * 1200),
+            '"' || repeat(md5(n::text), 9) || '"', '"' || repeat(md5(n::text), 9) || '"'
+        FROM generate_series(0, {rows} - 1) AS made(n)""",
+}
+
+
+def main() -> None:
+    """Print what was seen as JSON; with `--admit` be the other process."""
+    parser = ArgumentParser(prog="python -m benchmarks.retention", description=__doc__)
+    parser.add_argument("--rows", type=int, default=ROWS, help="default: %(default)s")
+    parser.add_argument("--on", choices=("sqlite", "postgres"), default="sqlite", help="default: %(default)s")
+    parser.add_argument("--admit", metavar="URL")
+    given = parser.parse_args()
+    if given.admit:
+        _admit(given.admit)
+        return
+    with TemporaryDirectory(prefix="tallystick-bench-") as folder, _ledger(given.on, Path(folder)) as url:
+        print(json.dumps(measured(url, given.rows), indent=2))
+
+
+@contextmanager
+def _ledger(on: str, folder: Path) -> Iterator[str]:
+    if on == "sqlite":
+        yield f"sqlite:///{folder / 'ledger.db'}"
+        return
+    with PostgresServer() as server:
+        yield server.database()
+
+
+def measured(url: str, rows: int) -> dict[str, Any]:
+    """Fill a new ledger with so many rows, half of them over, and delete these beside admissions."""
+    now = utc_now()
+    with Meter(url, create=True) as meter:
+        secret = meter.keys.create("live", plan="enterprise").secret
+        _fill(meter, rows, now)
+        other = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.retention", "--admit", url],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert other.stdin is not None
+        assert other.stdout is not None
+        other.stdin.write(f"{secret}\n")
+        other.stdin.flush()
+        assert other.stdout.readline() == "ready\n"
+        time.sleep(BEFORE_S)
+        memory_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        other.stdin.write("now\n")
+        other.stdin.flush()
+        began = time.monotonic()
+        dropped: Any = log_partitions.drop_past(meter.ledger, now) if meter.ledger.dialect == "postgresql" else {}
+        dropped_s = time.monotonic() - began
+        swept = sweep(meter.ledger, rules(now, Kept())[0])
+        swept_s = time.monotonic() - began - dropped_s
+        pages = shrink(meter.ledger)
+        took_s = time.monotonic() - began
+        grown_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory_kb
+        latencies, _ = other.communicate()
+        return {
+            "rows": rows,
+            "dropped_with_partitions": sum(dropped.values()),
+            "deleted_by_row": swept.gone.total(),
+            "took_s": round(took_s, 1),
+            "of_it": {"dropping": round(dropped_s, 1), "deleting": round(swept_s, 1), "pages_given_back": pages},
+            "longest_batch_ms": round(swept.longest_s * 1000, 1),
+            "memory_grown_mib": round(grown_kb / 1024, 1),
+            "admissions_ms": json.loads(latencies),
+        }
+
+
+def _fill(meter: Meter, rows: int, now: datetime) -> None:
+    # Days that are over have partitions only if they were made in time.
+    for days in range(8):
+        meter.apply_plans([Plan(name=f"days-{days}", retention_days=days)])
+    dialect = meter.ledger.dialect
+    if dialect == "postgresql":
+        log_partitions.make_ahead(meter.ledger, now - timedelta(days=5))
+    said = {"rows": rows, "accounts": ACCOUNTS, "logged_at": instant_text(now - timedelta(days=30))}
+    with meter.ledger.write() as connection:
+        middle = now.astimezone(UTC).replace(microsecond=0)
+        text = middle.strftime("%Y-%m-%d %H:%M:%S")
+        connection.exec_driver_sql(_FILL[dialect].format(**said, middle=text))
+
+
+def _admit(url: str) -> None:
+    """Have calls admitted until standard input ends; say how long they took before the first word and after it."""
+    secret = sys.stdin.readline().strip()
+    phases: list[list[float]] = [[], []]
+    with Meter(url) as meter:
+        meter.consume(secret, line="application")
+        print("ready", flush=True)
+        phase = 0
+        while True:
+            readable, _, _ = select.select([sys.stdin], [], [], 0)
+            if readable:
+                if not os.read(sys.stdin.fileno(), 64):
+                    break
+                phase = 1
+            began = time.perf_counter()
+            assert meter.consume(secret, line="application", request=SAID, response=SAID).allowed
+            phases[phase].append((time.perf_counter() - began) * 1000)
+            time.sleep(EVERY_S)
+    print(json.dumps({name: _summary(found) for name, found in zip(("before", "beside"), phases, strict=True)}))
+
+
+def _summary(found: list[float]) -> dict[str, float]:
+    if len(found) < 2:
+        return {"calls": len(found)}
+    cuts = quantiles(found, n=1000)
+    return {
+        "calls": len(found),
+        "median": round(cuts[499], 2),
+        "p99": round(cuts[989], 2),
+        "p99.9": round(cuts[998], 2),
+        "longest": round(max(found), 1),
+    }
+
+
+if __name__ == "__main__":
+    main()
