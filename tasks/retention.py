@@ -14,6 +14,7 @@ from metering.ledger.retention import due, rules, shrink, sweep
 from metering.ledger.schema import request_log
 from tasks.archives import archive_period, delete_archived, due_periods
 from tasks.errors import JobError
+from tasks.warehouse import lease
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -89,24 +90,31 @@ def archive_over(ledger_url: str, archives: Path, now: datetime, archive_after_d
     """
     ledger = Ledger(ledger_url)
     try:
-        # What another run has left first: only then is what is in the ledger not archived yet.
-        gone, problems = delete_archived(ledger, archives, now)
-        done = []
-        with progress_bar("archives") as bar:
-            waiting = list(due_periods(ledger, now, archive_after_days))
-            for number, each in enumerate(waiting):
-                if each.is_held:
-                    done.append(_events(each, each.events, HELD))
-                elif not archive_period(ledger, archives, each, now):
-                    done.append(_events(each, each.events, UNBILLED))
-                if bar is not None:
-                    bar((number + 1) / len(waiting))
-        also, more_problems = delete_archived(ledger, archives, now)
-        if found := list(dict.fromkeys(problems + more_problems)):
-            raise JobError("; ".join(found))
-        return [_events(each, each.events) for each in gone + also] + done
+        with lease(archives, exclusive=True):
+            for path in archives.rglob(".*.tmp"):  # of a run that was killed
+                path.unlink()
+            return _archive(ledger, archives, now, archive_after_days)
     finally:
         ledger.close()
+
+
+def _archive(ledger: Ledger, archives: Path, now: datetime, after_days: int) -> list[Over]:
+    # What another run has left first: only then is what is in the ledger not archived yet.
+    gone, problems = delete_archived(ledger, archives, now)
+    stays = []
+    with progress_bar("archives") as bar:
+        waiting = list(due_periods(ledger, now, after_days))
+        for number, each in enumerate(waiting):
+            if each.is_held:
+                stays.append(_events(each, each.events, HELD))
+            elif not archive_period(ledger, archives, each, now):
+                stays.append(_events(each, each.events, UNBILLED))
+            if bar is not None:
+                bar((number + 1) / len(waiting))
+    also, more_problems = delete_archived(ledger, archives, now)
+    if found := list(dict.fromkeys(problems + more_problems)):
+        raise JobError("; ".join(found))
+    return [_events(each, each.events) for each in gone + also] + stays
 
 
 def _events(of: DuePeriod | Archived, count: int, stays: str | None = None) -> Over:
