@@ -22,12 +22,12 @@ from statistics import quantiles
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import sqlalchemy as sa
+
 from metering.clock import utc_now
 from metering.ledger import log_partitions
 from metering.ledger.retention import Kept, rules, shrink, sweep
-from metering.ledger.types import instant_text
 from metering.meter import Meter
-from metering.plans import Plan
 from tests.servers import PostgresServer
 
 if TYPE_CHECKING:
@@ -36,26 +36,33 @@ if TYPE_CHECKING:
 __all__: list[str] = []
 
 ROWS = 2_000_000
-ACCOUNTS = 10
+DAYS = 45
+"""So long ago the log began: by now half of it is over."""
 SAID = {"text": "x" * 500}
 BEFORE_S = 5.0
 EVERY_S = 0.005
 """Between two calls: without a pause they alone would keep the ledger busy."""
 
+# Account by account in turn, in the order of time: five keep a week, three a month and two a quarter.
+_KEPT_DAYS = "(CASE WHEN n % 10 < 5 THEN 7 WHEN n % 10 < 8 THEN 30 ELSE 90 END)"
 _FILL = {
-    "sqlite": """
-        WITH RECURSIVE numbers(n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM numbers WHERE n + 1 < {rows})
+    "sqlite": f"""
+        WITH RECURSIVE numbers(n) AS (SELECT 0 UNION ALL SELECT n + 1 FROM numbers WHERE n + 1 < {{rows}}),
+        said AS (SELECT n, n * {{days}} * 86400 / {{rows}} AS since, {_KEPT_DAYS} AS kept FROM numbers)
         INSERT INTO request_log (account, line, logged_at, expires_at, request, response)
-        SELECT 'account-' || (n % {accounts}), 'application', '{logged_at}',
-            strftime('%Y-%m-%dT%H:%M:%S', '{middle}', ((n % 600 - 300) * 1200) || ' seconds') || '.000000Z',
+        SELECT 'account-' || (n % 10), 'application',
+            strftime('%Y-%m-%dT%H:%M:%S', '{{start}}', since || ' seconds') || '.000000Z',
+            strftime('%Y-%m-%dT%H:%M:%S', '{{start}}', (since + kept * 86400) || ' seconds') || '.000000Z',
             '"' || hex(randomblob(150)) || '"', '"' || hex(randomblob(150)) || '"'
-        FROM numbers""",
-    "postgresql": """
+        FROM said""",
+    "postgresql": f"""
         INSERT INTO request_log (account, line, logged_at, expires_at, request, response)
-        SELECT 'account-' || (n %% {accounts}), 'application', '{logged_at}',
-            timestamptz '{middle}' + make_interval(secs => (n %% 600 - 300) * 1200),
+        SELECT 'account-' || (n % 10), 'application', logged_at, logged_at + make_interval(days => {_KEPT_DAYS}),
             '"' || repeat(md5(n::text), 9) || '"', '"' || repeat(md5(n::text), 9) || '"'
-        FROM generate_series(0, {rows} - 1) AS made(n)""",
+        FROM (
+            SELECT n, timestamptz '{{start}}+00' + make_interval(secs => n * {{days}} * 86400.0 / {{rows}}) AS logged_at
+            FROM generate_series(0, {{rows}} - 1) AS made(n)
+        ) AS said""",
 }
 
 
@@ -125,17 +132,14 @@ def measured(url: str, rows: int) -> dict[str, Any]:
 
 
 def _fill(meter: Meter, rows: int, now: datetime) -> None:
-    # Days that are over have partitions only if they were made in time.
-    for days in range(8):
-        meter.apply_plans([Plan(name=f"days-{days}", retention_days=days)])
+    start = now.astimezone(UTC).replace(microsecond=0) - timedelta(days=DAYS)
     dialect = meter.ledger.dialect
-    if dialect == "postgresql":
-        log_partitions.make_ahead(meter.ledger, now - timedelta(days=5))
-    said = {"rows": rows, "accounts": ACCOUNTS, "logged_at": instant_text(now - timedelta(days=30))}
     with meter.ledger.write() as connection:
-        middle = now.astimezone(UTC).replace(microsecond=0)
-        text = middle.strftime("%Y-%m-%d %H:%M:%S")
-        connection.exec_driver_sql(_FILL[dialect].format(**said, middle=text))
+        if dialect == "postgresql":  # as runs of each day before have made them
+            for day in range(2 * DAYS + 60):
+                log_partitions._make(connection, start.date() + timedelta(days=day))
+        fill = _FILL[dialect].format(rows=rows, days=DAYS, start=start.strftime("%Y-%m-%d %H:%M:%S"))
+        connection.execute(sa.text(fill.replace(":", r"\:")))
 
 
 def _admit(url: str) -> None:

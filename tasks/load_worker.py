@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import sys
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,9 @@ def load(ledger: Mapping[str, str], warehouse: Path) -> dict[str, int]:
     with open_for_writing(warehouse) as connection, _attached_ledger(connection, ledger) as ask:
         watermark = _watermark(connection, ask)
         # Before the rows are read, so that whatever has left the ledger by then is in one of them.
-        archived = ask("SELECT account, period, part, file, digest FROM archives")
+        archived = ask(
+            "SELECT account, period, part, file, digest, events, seq_to FROM archives ORDER BY account, period, part"
+        )
         newest = newest_recost(ask(sql("newest_recost")))
         if not watermark:
             connection.execute(f"DELETE FROM loaded_recost; INSERT INTO loaded_recost VALUES ({newest})")  # noqa: S608
@@ -106,17 +109,24 @@ def load(ledger: Mapping[str, str], warehouse: Path) -> dict[str, int]:
         }
 
 
+_IN_PARTS = "SELECT count(*), max(seq) FROM usage_events WHERE account = ? AND period = ? AND seq <= ?"
+
+
 def _load_archives(connection: duckdb.DuckDBPyConnection, folder: Path, archived: list[tuple[Any, ...]]) -> int:
     """Add archived events that are not here, each file's once; how many. There are none but in a new warehouse."""
     known = set(connection.execute("SELECT account, period, part FROM loaded_archives").fetchall())
+    totals: Counter[tuple[str, str]] = Counter()
     added = 0
-    for account, period, part, file, digest in archived:
+    for account, period, part, file, digest, events, seq_to in archived:
         name = (account, period, int(part))
+        totals[name[:2]] += int(events)
         if name in known:
             continue
-        _check_archive(folder / file, digest)
         connection.execute("CREATE OR REPLACE TEMP TABLE batch AS FROM usage_events LIMIT 0")
-        connection.execute(sql("load_archive"), {"file": str(folder / file)})
+        here = connection.execute(_IN_PARTS, [account, period, int(seq_to)]).fetchone()
+        if here != (totals[name[:2]], int(seq_to)):  # else they were loaded before they were archived
+            _check_archive(folder / file, digest)
+            connection.execute(sql("load_archive"), {"file": str(folder / file)})
         ((count,),) = connection.execute("SELECT count(*) FROM batch").fetchall()
         connection.execute("BEGIN")
         if count:

@@ -48,7 +48,8 @@ def ledger_url(either_url: str) -> str:
 def month(place: Place) -> Place:
     """A month of six accounts, billed and closed."""
     month_of_usage(place, events=120)
-    place.cycle()
+    place.aggregate()
+    place.invoice()
     for account in ACCOUNTS:
         close(place, account)
     return place
@@ -81,11 +82,16 @@ def test_events_leave_the_ledger_and_every_sum_stays(month: Place) -> None:
     # What is loaded is still what was recorded, a load finds nothing new, and a new warehouse has all of it.
     assert rollup_differences(month.ledger_url, month.warehouse, PERIOD, month.archives) == []
     assert invoice_differences(month.ledger_url, month.out, PERIOD, month.archives) == []
+    # Which needs no file, because it has all of it.
+    month.archives.rename(month.home / "elsewhere")
     assert month.load()["loaded"] == 0
+    with pytest.raises(WarehouseError, match=", and its events are not here"):
+        rebuild(month)
+    (month.home / "elsewhere").rename(month.archives)
     assert rebuild(month)["loaded"] == 120
     assert month.warehouse_rows(EVENTS) == events
     assert month.warehouse_rows(SUMS) == sums
-    month.bill()
+    month.invoice()
     assert month.files() == written
     assert rebuild(month)["loaded"] == 120
     assert month.load()["loaded"] == 0
@@ -264,7 +270,7 @@ def test_a_restore_reads_back_where_nothing_bills(month: Place) -> None:
     assert month.warehouse_rows(EVENTS) == before
     written = month.files()
     month.load()
-    month.bill()
+    month.invoice()
     assert month.files() == written
     flip(files(month)[0])
     with pytest.raises(ArchiveError, match="it was changed"):
