@@ -33,7 +33,7 @@ from tests.servers import PostgresServer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__: list[str] = []
+__all__ = ["measured"]
 
 ROWS = 2_000_000
 DAYS = 45
@@ -89,7 +89,7 @@ def _ledger(on: str, folder: Path) -> Iterator[str]:
         yield server.database()
 
 
-def measured(url: str, rows: int) -> dict[str, Any]:
+def measured(url: str, rows: int, before_s: float = BEFORE_S) -> dict[str, Any]:
     """Fill a new ledger with so many rows, half of them over, and delete these beside admissions."""
     now = utc_now()
     with Meter(url, create=True) as meter:
@@ -97,6 +97,7 @@ def measured(url: str, rows: int) -> dict[str, Any]:
         _fill(meter, rows, now)
         other = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.retention", "--admit", url],
+            cwd=Path(__file__).parent.parent,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -106,7 +107,7 @@ def measured(url: str, rows: int) -> dict[str, Any]:
         other.stdin.write(f"{secret}\n")
         other.stdin.flush()
         assert other.stdout.readline() == "ready\n"
-        time.sleep(BEFORE_S)
+        time.sleep(before_s)
         memory_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         other.stdin.write("now\n")
         other.stdin.flush()
