@@ -43,6 +43,7 @@ def close(place: Place, account: str, *, period: str = PERIOD, after_days: float
                     closed_at=closed_at,
                     actor="test",
                     content="{}",
+                    previous="",
                     digest="",
                 )
             )

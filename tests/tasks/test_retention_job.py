@@ -59,8 +59,8 @@ def fill(place: Place) -> None:
     )
     for account in ("acme", "held"):
         place.change(
-            "INSERT INTO closes (account, period, period_end, closed_at, actor, content, digest) VALUES "
-            f"('{account}', '2023-11', '2023-12-01T00:00:00.000000Z', '2023-12-02T00:00:00.000000Z', 'a', '', '')"
+            "INSERT INTO closes (account, period, period_end, closed_at, actor, content, previous, digest) VALUES "
+            f"('{account}', '2023-11', '2023-12-01T00:00:00.000000Z', '2023-12-02T00:00:00.000000Z', 'a', '', '', '')"
         )
 
 
