@@ -302,7 +302,7 @@ class Meter:
         """Book a reversal of a billed event, and a full replacement; None keeps a value. Twice the same is once.
 
         Raises `UnknownEvent` (also for one that Redis has and the drain has not brought yet), and `CorrectionConflict`
-        where other values replaced that event before.
+        where other values replaced that event before, or it is archived.
         """
         if not isinstance(event_id, UUID):
             raise InvalidEvent("event_id", event_id, "a UUID")
@@ -339,7 +339,10 @@ class Meter:
         end: datetime | None = None,
         by: UsageBy | None = None,
     ) -> list[UsageTotal]:
-        """What an account used in [start, end): one total, or one by line, model, day (UTC), key_id or operation."""
+        """What an account used in [start, end): one total, or one by line, model, day (UTC), key_id or operation.
+
+        Raises `EventsArchived` where some of it has left the ledger: nothing is counted by halves.
+        """
         return usage_of(self.ledger, account, start=_given("start", start), end=_given("end", end), by=by)
 
     def log(
