@@ -35,7 +35,8 @@ SELECT
     a.late,
     a.idempotency_key,
     a.source,
-    a.cost
+    a.cost,
+    a.price_version
 FROM read_parquet($file) AS a
 WHERE NOT EXISTS (
     SELECT 1 FROM usage_events AS u WHERE u.account = a.account AND u.period = a.period AND u.seq = a.seq

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import closing
 from decimal import Decimal, localcontext
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from metering.errors import MeteringError
 from metering.events import TOKEN_FIELDS
 from metering.ledger import Ledger
 from metering.ledger.closing import chain_faults, document, documents_of, frozen_of, recomputed
-from metering.ledger.schema import events
+from metering.ledger.schema import archives, events
 from metering.settings import Settings
 from tasks.archives import archived_sums, changed_archives
 from tasks.bills import build_bills, invoice_files
@@ -37,14 +37,14 @@ __all__ = [
 GROUP = ("plan_version", "line", "provider", "model", "service_tier")
 
 
-def rollup_differences(ledger_url: str, warehouse: Path, period: str, archives: Path | None = None) -> list[str]:
+def rollup_differences(ledger_url: str, warehouse: Path, period: str, archived: Path | None = None) -> list[str]:
     """Where the warehouse's rollup of a period is not what the ledger's events add up to; empty if nowhere.
 
-    Those in `archives` are counted too, a folder that the settings name unless it is said.
+    Those in `archived` are counted too, a folder that the settings name unless it is said.
     """
     with open_for_reading(warehouse) as connection:
         rolled_up = loaded(connection, period).usage
-    recorded = _ledger_sums(ledger_url, period, archives)
+    recorded = _ledger_sums(ledger_url, period, archived)
     return [
         f"{account}: the ledger has {_shown(recorded.get(account))}, the rollup {_shown(rolled_up.get(account))}"
         for account in sorted(recorded.keys() | rolled_up.keys())
@@ -52,14 +52,14 @@ def rollup_differences(ledger_url: str, warehouse: Path, period: str, archives: 
     ]
 
 
-def invoice_differences(ledger_url: str, out: Path, period: str, archives: Path | None = None) -> list[str]:
+def invoice_differences(ledger_url: str, out: Path, period: str, archived: Path | None = None) -> list[str]:
     """Which invoice files of a period are not, byte for byte, what the ledger's events come to; empty if none."""
     folder = out / period / "invoices"
     expected: dict[str, bytes] = {}
-    known = Loaded(usage=_ledger_sums(ledger_url, period, archives))
+    known = Loaded(usage=_ledger_sums(ledger_url, period, archived))
     with closing(Ledger(ledger_url)) as ledger, ledger.read() as connection:
         late = late_of(
-            connection, _counts(connection), lambda month: Loaded(usage=_ledger_sums(ledger_url, month, archives))
+            connection, _counts(connection), lambda month: Loaded(usage=_ledger_sums(ledger_url, month, archived))
         )
         finals = [each.invoice for each in documents_of(connection, period=period)]
         for invoice in (*finals, *build_bills(connection, known, period, late).invoices):
@@ -110,19 +110,19 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def archive_differences(ledger_url: str, archives: Path) -> list[str]:
+def archive_differences(ledger_url: str, archived: Path) -> list[str]:
     """Which archives are no longer what was archived, each by its file; empty if none."""
     ledger = Ledger(ledger_url)
     try:
-        return changed_archives(ledger, archives)
+        return changed_archives(ledger, archived)
     finally:
         ledger.close()
 
 
-def _ledger_sums(ledger_url: str, period: str, archives: Path | None) -> dict[str, list[UsageSum]]:
+def _ledger_sums(ledger_url: str, period: str, archived: Path | None) -> dict[str, list[UsageSum]]:
     """Billable usage of a period by account, of events in the ledger and of those that have left it."""
     sums: defaultdict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
-    folder = archives or Settings.from_env().archives
+    folder = archived or Settings.from_env().archives
     ledger = Ledger(ledger_url)
     try:
         with ledger.read() as connection:
@@ -145,17 +145,15 @@ def _ledger_sums(ledger_url: str, period: str, archives: Path | None) -> dict[st
     return found
 
 
-def _counts(connection: sa.Connection) -> dict[tuple[str, str], int]:
-    """How many events of each closed period there are. Those that went to the archive are taken as they were frozen."""
-    frozen = {
-        (account, period): inputs.events
-        for account, closed in frozen_of(connection).items()
-        for period, (_, inputs) in closed.items()
-    }
-    query = sa.select(events.c.account, events.c.period, sa.func.count()).group_by(events.c.account, events.c.period)
-    periods = {period for _, period in frozen}
-    counted = connection.execute(query.where(events.c.period.in_(periods))).all() if periods else ()
-    return frozen | {(row[0], row[1]): max(row[2], frozen.get((row[0], row[1]), 0)) for row in counted}
+def _counts(connection: sa.Connection) -> Counter[tuple[str, str]]:
+    """How many events of each account's closed period there are, in the ledger and in archives."""
+    closed = {period for periods in frozen_of(connection).values() for period in periods}
+    counted: Counter[tuple[str, str]] = Counter()
+    for table, count in ((events, sa.func.count()), (archives, sa.func.sum(archives.c.events))):
+        query = sa.select(table.c.account, table.c.period, count).where(table.c.period.in_(closed))
+        for account, period, number in connection.execute(query.group_by(table.c.account, table.c.period)):
+            counted[account, period] += int(number)
+    return counted
 
 
 def _shown(sums: list[UsageSum] | None) -> str:
