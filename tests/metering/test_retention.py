@@ -116,6 +116,24 @@ def test_nothing_of_a_held_account_goes_until_it_is_released(meter: Meter, clock
     assert logged(meter) == {}
 
 
+def test_a_hold_that_comes_between_the_look_and_the_deletion_wins(
+    meter: Meter, clock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call(meter, meter.keys.create("acme", plan="free").secret)
+    clock.advance(days=8)
+    write = meter.ledger.write
+
+    def write_after_the_hold() -> Any:
+        monkeypatch.setattr(meter.ledger, "write", write)
+        place_hold(meter.ledger, "acme", reason="case", actor="counsel", now=clock.now)
+        return write()
+
+    monkeypatch.setattr(meter.ledger, "write", write_after_the_hold)
+    assert sweep(meter.ledger, rules(clock.now, Kept())[0], rest=lambda _: None).gone == {}
+    assert len(holds_of(meter.ledger)) == 1
+    assert logged(meter) == {"acme": 1}
+
+
 def test_a_hold_says_who_when_and_why(meter: Meter, clock: Any) -> None:
     meter.accounts.create("acme", plan="pro")
     placed_at = clock.now
