@@ -18,11 +18,18 @@ from metering.legal_holds import place_hold, release_hold
 from metering.plans import Plan
 from tasks.archives import archive_period, due_periods
 from tasks.errors import ArchiveError, JobError, WarehouseError
+from tasks.explain import explain_item
 from tasks.rebuild import rebuild_warehouse
 from tasks.recost import Act, recost_period
 from tasks.restore import restore_period
 from tasks.retention import archive_over, find_over
-from tasks.verify import archive_differences, invoice_differences, rollup_differences
+from tasks.verify import (
+    archive_differences,
+    close_differences,
+    document_differences,
+    invoice_differences,
+    rollup_differences,
+)
 from tests.tasks.closed import close
 from tests.tasks.place import NOVEMBER, PERIOD, Place, event, month_of_usage
 
@@ -72,7 +79,7 @@ def files(place: Place) -> list[Path]:
 
 
 def test_events_leave_the_ledger_and_every_sum_stays(month: Place) -> None:
-    events, sums, written = month.warehouse_rows(EVENTS), month.warehouse_rows(SUMS), month.files()
+    events, sums = month.warehouse_rows(EVENTS), month.warehouse_rows(SUMS)
     found = [str(line) for line in find_over.fn(month.ledger_url, LATER, Kept(), 0)]
     assert found == [f"events of {PERIOD}: 20 rows of {account}" for account in ACCOUNTS]
     assert recorded(month) == 120
@@ -81,7 +88,6 @@ def test_events_leave_the_ledger_and_every_sum_stays(month: Place) -> None:
     assert archive(month) == []
     # What is loaded is still what was recorded, a load finds nothing new, and a new warehouse has all of it.
     assert rollup_differences(month.ledger_url, month.warehouse, PERIOD, month.archives) == []
-    assert invoice_differences(month.ledger_url, month.out, PERIOD, month.archives) == []
     # Which needs no file, because it has all of it.
     month.archives.rename(month.home / "elsewhere")
     assert month.load()["loaded"] == 0
@@ -91,10 +97,43 @@ def test_events_leave_the_ledger_and_every_sum_stays(month: Place) -> None:
     assert rebuild(month)["loaded"] == 120
     assert month.warehouse_rows(EVENTS) == events
     assert month.warehouse_rows(SUMS) == sums
-    month.invoice()
-    assert month.files() == written
     assert rebuild(month)["loaded"] == 120
     assert month.load()["loaded"] == 0
+
+
+def test_a_close_stands_whatever_leaves_the_ledger(place: Place) -> None:
+    """Closed, archived, made anew, with late usage and the next close: as if all events were still there."""
+    month_of_usage(place, events=120)
+    closed = place.close(at=CLOSED)
+    assert (closed.accounts, [account for account, _ in closed.refused]) == (5, ["account-1"])
+    place.invoice()
+    written = place.files()
+    assert [line for line in archive(place) if "stay" in line] == []
+    assert recorded(place) == 20  # those of the account that could not be billed
+    assert rebuild(place)["loaded"] == 120
+    for number in range(1, 6):
+        assert document_differences(place.ledger_url, place.out, f"INV-{number:06d}") == []
+    assert invoice_differences(place.ledger_url, place.out, PERIOD, place.archives) == []
+    place.invoice()
+    assert place.files() == written
+
+    late = event("account-0", usage=TokenUsage(input_tokens=7_000_000))
+    place.add(late)
+    place.aggregate()
+    place.invoice("2023-12")
+    assert invoice_differences(place.ledger_url, place.out, "2023-12", place.archives) == []
+    [draft] = [each for each in place.invoices("2023-12").values() if each.account == "account-0"]
+    [item] = [item for item in draft.items if item.period == PERIOD and item.metric == "uncached_input_tokens"]
+    # What came late is archived once it was billed, and not before.
+    assert archive(place) == []
+    assert recorded(place) == 21
+    place.close("2023-12", at=CLOSED + timedelta(days=31))
+    archive(place)
+    assert recorded(place) == 20
+    assert rebuild(place)["loaded"] == 121
+    explained = explain_item(place.ledger_url, place.warehouse, "INV-000006", item.item_id)
+    assert late.event_id in {each.event_id for each in explained.events}
+    assert close_differences(place.ledger_url) == []
 
 
 def test_new_usage_is_costed_loaded_and_billed_beside_archives(month: Place) -> None:
@@ -266,8 +305,9 @@ def test_a_restore_reads_back_where_nothing_bills(month: Place) -> None:
         found = restore_period(month.ledger_url, month.warehouse, month.archives, PERIOD)
         assert found == {"files": 6, "events": 120}
     same = "SELECT seq, event_id::UUID, account, cost FROM restored.usage_events ORDER BY seq"
-    assert month.warehouse_rows(same) == [(row[0], row[1], row[4], row[-1]) for row in before]
+    assert month.warehouse_rows(same) == [(row[0], row[1], row[4], row[-2]) for row in before]
     assert month.warehouse_rows(EVENTS) == before
+    month.invoice()
     written = month.files()
     month.load()
     month.invoice()

@@ -6,7 +6,7 @@ There the load may run in this process, which makes a step a few hundredths of a
 from __future__ import annotations
 
 import os
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -24,15 +24,18 @@ from hypothesis.stateful import (
 )
 
 from metering.billing.closing import composed
-from metering.errors import InvoiceConflict
+from metering.errors import CorrectionConflict, InvoiceConflict
 from metering.events import TokenUsage
 from metering.ledger import Ledger
 from metering.ledger.closing import billed_of, chain_faults, document, frozen_of, recomputed
 from metering.windows import period_of_month
 from tasks import load_worker
 from tasks.closing import credit_invoice, void_invoice
+from tasks.errors import JobError
 from tasks.load import for_duckdb
 from tasks.periods import loaded, plans_of
+from tasks.restore import restore_period
+from tasks.retention import archive_over
 from tasks.warehouse import open_for_reading
 from tests.tasks.place import Place, event
 
@@ -70,7 +73,7 @@ tokens = st.integers(0, 9_000)
 
 
 class Histories(RuleBasedStateMachine):
-    """Usage, late usage, corrections, imports again, closes, voids and credit notes, in any order."""
+    """Late usage, corrections, imports again, closes, voids, credit notes, archives, restores: in any order."""
 
     server: PostgresServer
     template: str
@@ -109,7 +112,7 @@ class Histories(RuleBasedStateMachine):
     @rule(data=st.data(), count=tokens)
     def correct(self, data: st.DataObject, count: int) -> None:
         wrong = data.draw(st.sampled_from(self.events))
-        with self.place.meter() as meter:
+        with self.place.meter() as meter, suppress(CorrectionConflict):  # where it is archived
             meter.correct(wrong.event_id, usage=TokenUsage(input_tokens=count), reason="recounted")
         self.events.remove(wrong)  # it may be corrected no second time by the same id
 
@@ -144,9 +147,20 @@ class Histories(RuleBasedStateMachine):
     def rebuild(self) -> None:
         self.place.warehouse.unlink(missing_ok=True)
 
+    @rule()
+    def archive(self) -> None:
+        """What is billed leaves the ledger."""
+        archive_over.fn(self.url, self.place.archives, END + timedelta(days=90), 0)
+
+    @rule(month=months)
+    def restore(self, month: str) -> None:
+        if self.place.warehouse.exists():
+            with suppress(JobError):  # where nothing of it is archived
+                restore_period(self.url, self.place.warehouse, self.place.archives, month)
+
     def load(self) -> None:
         self.place.cost()
-        load_worker.load(for_duckdb(self.url), self.place.warehouse)
+        load_worker.load(for_duckdb(self.url, self.place.archives), self.place.warehouse)
 
     def note(self) -> None:
         """Each new document is the next number, and follows from what was frozen."""
@@ -177,6 +191,8 @@ class Histories(RuleBasedStateMachine):
             open_for_reading(self.place.warehouse) as warehouse,
             ledger.read() as connection,
         ):
+            known = connection.exec_driver_sql("SELECT count(*) FROM event_ids").scalar_one()
+            assert warehouse.execute("SELECT count(*) FROM usage_events").fetchall() == [(known,)]
             for account in ACCOUNTS:
                 billed, closed = billed_of(connection, account), frozen_of(connection, account)[account]
                 for month in (*MONTHS, LAST):
