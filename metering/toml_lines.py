@@ -19,17 +19,17 @@ _STRING = re.compile(
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _DOT = re.compile(r"[ \t]*(\.?)[ \t]*")
 _SCALAR = re.compile(r"[^,\]}#\n]*")
-_LAST_STEP = re.compile(r"(\[\d+\]|\.?[^.\[]+)$")
 
 
 def line_of(text: str, where: str) -> int | None:
     """The line, from 1, of `where` (such as `plans.pro.rates[2].per`) or of the closest thing around it that is there.
 
-    Arrays count from 0. `text` is one that tomllib accepts. None where not even the first part of `where` is in it.
+    Arrays count from 0. `text` is one that tomllib accepts, `where` any text. None where not even the first part of
+    `where` is in it.
     """
     places = _Scanner(text).places
     while where and where not in places:
-        where = _LAST_STEP.sub("", where)
+        where = where[: max(where.rfind("."), where.rfind("["), 0)]
     return text.count("\n", 0, places[where]) + 1 if where else None
 
 

@@ -7,6 +7,8 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from metering.errors import InvalidPlan
 from metering.plans import BUILT_IN, Limit, Plan, parse_plans
@@ -307,6 +309,12 @@ def test_what_is_not_there_has_the_line_of_what_is_around_it() -> None:
     assert line_of(DESIGN_SAMPLE, "plans.pro.rates[1].unheard.of") == 14
     assert line_of(DESIGN_SAMPLE, "plans.pro.unheard") == 1
     assert line_of(DESIGN_SAMPLE, "unheard.of") is None
+    assert line_of(DESIGN_SAMPLE, "plans[...]") == 1
+
+
+@given(st.lists(st.sampled_from([".", "[", "]", "[0]", "[...]", "plans", "pro", "é"])).map("".join) | st.text())
+def test_any_text_has_a_line_or_none(where: str) -> None:
+    assert line_of(DESIGN_SAMPLE, where) in {None, *range(1, DESIGN_SAMPLE.count("\n") + 2)}
 
 
 def test_plans_are_light_to_import() -> None:
