@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from decimal import Decimal
-from statistics import StatisticsError, linear_regression
+from decimal import Context, Decimal, InvalidOperation
+from statistics import linear_regression
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,7 +15,18 @@ if TYPE_CHECKING:
     from metering.providers.limits import LimitWindow
     from metering.providers.probes import ProviderStatus
 
-__all__ = ["LEVELS", "TREND", "Reading", "Watched", "WindowState", "exhausted_at", "level_of", "window_states"]
+__all__ = [
+    "LEVELS",
+    "TREND",
+    "Reading",
+    "Watched",
+    "WindowState",
+    "exhausted_at",
+    "fitting",
+    "level_of",
+    "since",
+    "window_states",
+]
 
 Watched = tuple[str, str, str]
 """Credential, provider and window."""
@@ -24,8 +35,13 @@ LEVELS = (80, 95)
 """Percent used from which on somebody should know."""
 TREND = timedelta(days=1)
 """How far back readings tell a trend."""
+SHORTEST = timedelta(minutes=1)
+"""What a shorter time tells is no trend."""
 FARTHEST = timedelta(days=366)
 """What a trend says of later is no forecast."""
+
+_LAST_PLACE = Decimal(10) ** -12
+_FITTING = Context(prec=38, traps=[InvalidOperation])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,14 +56,16 @@ class Reading:
 
     @classmethod
     def of(cls, checked_at: datetime, window: LimitWindow) -> Reading:
-        """A window of a probe; what the provider's clock says of its reset is put into ours."""
-        wait = window.reset_in_ms
+        """A window of a probe; what the provider's clock says of its reset is put into ours.
+
+        Never raises: what no ledger can hold is None.
+        """
         return cls(
             checked_at=checked_at,
-            limit=_decimal(window.limit),
-            remaining=_decimal(window.remaining),
-            percent_used=_decimal(window.percent_used),
-            reset_at=None if wait is None else checked_at + timedelta(milliseconds=wait),
+            limit=fitting(window.limit),
+            remaining=fitting(window.remaining),
+            percent_used=fitting(window.percent_used),
+            reset_at=_later(checked_at, window.reset_in_ms),
         )
 
 
@@ -63,7 +81,7 @@ class WindowState:
     exhausted_at: datetime | None
     """As in `exhausted_at`."""
     crossed: tuple[int, ...]
-    """Those of LEVELS that are reached now, and were not at the reading before."""
+    """Those of LEVELS that are reached now, and were not when a percentage was last said."""
 
     @property
     def now(self) -> Reading:
@@ -81,7 +99,7 @@ def window_states(
             now = Reading.of(status.checked_at, window)
             known = history.get((status.account_key, status.provider, name), ())
             readings = (*(reading for reading in known if reading.checked_at < now.checked_at), now)
-            was = level_of(readings[-2]) if len(readings) > 1 else 0
+            was = next((level_of(each) for each in readings[-2::-1] if each.percent_used is not None), 0)
             states.append(
                 WindowState(
                     credential=status.account_key,
@@ -99,8 +117,8 @@ def exhausted_at(readings: Sequence[Reading]) -> datetime | None:
     """When nothing will remain if use goes on as it did; `readings` are of one window, oldest first.
 
     The trend is the least-squares line through those since the window was last whole. None where that cannot be told:
-    fewer than two moments, nothing used between them, a reset that comes first, or more than a year away. A window of
-    which nothing remains is exhausted when that was read.
+    less than a minute between the first and the last, nothing used between them, a reset that comes first, or more than
+    a year away. A window of which nothing remains is exhausted when that was read.
     """
     if not readings or readings[-1].remaining is None:
         return None
@@ -123,6 +141,34 @@ def level_of(reading: Reading) -> int:
     return max((level for level in LEVELS if percent is not None and percent >= level), default=0)
 
 
+def since(
+    start: datetime, states: Sequence[WindowState], history: Mapping[Watched, Sequence[Reading]]
+) -> dict[Watched, list[Reading]]:
+    """A history from `start` on, with the readings of some states, which have what was known before."""
+    now = {(each.credential, each.provider, each.window): each.readings for each in states}
+    kept = {
+        watched: [each for each in readings if each.checked_at >= start]
+        for watched, readings in {**history, **now}.items()
+    }
+    return {watched: readings for watched, readings in kept.items() if readings}
+
+
+def fitting(value: float | Decimal | None) -> Decimal | None:
+    """A number as the ledger keeps it, to 12 decimals; None where more than 26 digits stand before them, or none."""
+    try:
+        exact = None if value is None else Decimal(str(value)).quantize(_LAST_PLACE, context=_FITTING)
+    except (ArithmeticError, ValueError):
+        return None
+    return exact if exact is not None and exact.is_finite() else None
+
+
+def _later(moment: datetime, wait_ms: int | None) -> datetime | None:
+    try:
+        return None if wait_ms is None else moment + timedelta(milliseconds=wait_ms)
+    except OverflowError:
+        return None
+
+
 def _of_one_window(readings: Sequence[Reading]) -> list[Reading]:
     """The last readings between which the window was not reset, and what remains did not rise; oldest first."""
     found = [readings[-1]]
@@ -137,19 +183,9 @@ def _of_one_window(readings: Sequence[Reading]) -> list[Reading]:
 
 
 def _used_per_s(readings: Sequence[Reading]) -> float:
-    """How fast what remains gets less, by least squares; 0 where that takes a second moment."""
+    """How fast what remains gets less, by least squares; 0 where that takes more time between them."""
     origin = readings[-1].checked_at
-    times = [(reading.checked_at - origin).total_seconds() for reading in readings]
-    try:
-        return -linear_regression(times, [float(reading.remaining or 0) for reading in readings]).slope
-    except StatisticsError:
+    if origin - readings[0].checked_at < SHORTEST:
         return 0
-
-
-def _decimal(value: float | Decimal | None) -> Decimal | None:
-    """Exact to the 12 decimals that the ledger keeps."""
-    if value is None:
-        return None
-    exact = Decimal(str(value))
-    places = Decimal(10) ** -12
-    return exact if exact == exact.to_integral_value() else exact.quantize(places).normalize()
+    times = [(reading.checked_at - origin).total_seconds() for reading in readings]
+    return -linear_regression(times, [float(reading.remaining or 0) for reading in readings]).slope

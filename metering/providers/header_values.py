@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal
+from decimal import Context, Decimal
 from email.utils import parsedate_to_datetime
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, cast
@@ -41,12 +41,15 @@ HeaderMap = Mapping[Any, Any] | Iterable[tuple[Any, Any]]
 MAX_VALUE = 256
 """Characters of a value that is read."""
 MAX_AMOUNT = Decimal(10) ** 15
-MAX_PLACES = 30
-"""Of an amount: what is written as 1e-7 too has an end."""
+LAST_PLACE = Decimal(10) ** -12
+"""Of an amount: the ledger keeps no more."""
 MAX_DAYS = 3_660
+"""Ten years: what is said to take longer, or to be farther away, is taken for a mistake."""
 LAST_YEAR = 9_000
 FIRST_EPOCH = 10**9
 """2001: what is less counts seconds from now, or something else."""
+
+_ROUNDED = Context(prec=60)
 
 _COUNT = re.compile(r"(\d{1,3}(?:,\d{3})+|\d{1,17})(?:\.\d*)?", re.ASCII)
 _AMOUNT = re.compile(r"\d{1,15}(?:\.\d{0,20})?(?:[eE][+-]?\d{1,2})?", re.ASCII)
@@ -108,13 +111,16 @@ def count(text: str) -> int:
 
 
 def amount(text: str) -> Decimal:
-    """Money, exactly: from 0 to below 10^15, of at most 30 places."""
+    """Money, from 0 to below 10^15, to 12 places; what is less than half of the last one is none, not nothing."""
     if _AMOUNT.fullmatch(text):
         number = Decimal(text)
-        exponent = number.as_tuple().exponent
-        if number < MAX_AMOUNT and isinstance(exponent, int) and exponent >= -MAX_PLACES:
-            return number
-    raise ValueError("an amount from 0 to below 10^15")
+        if number < MAX_AMOUNT:
+            rounded = number.quantize(LAST_PLACE, context=_ROUNDED)
+            if rounded == number:
+                return number
+            if rounded:
+                return rounded
+    raise ValueError("an amount from 0 to below 10^15, of 12 places")
 
 
 def named_items(text: str) -> dict[str, dict[str, str]]:

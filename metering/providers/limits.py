@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import msgspec
 
 from metering.providers.header_values import (
+    MAX_DAYS,
     MAX_VALUE,
     amount,
     count,
@@ -42,10 +43,13 @@ MAX_BODY = 64 * 1024
 MAX_SHOWN = 60
 MAX_NUMBER = 10**30
 """What is larger is no number of a body: its digits might never end."""
+MAX_PERCENT = 10**6
+"""What is more is no use of the limit that stands beside it."""
 MONEY = "credits_"
 """What the names of windows in money begin with."""
 
 ONE_MS = timedelta(milliseconds=1)
+FARTHEST = timedelta(days=MAX_DAYS)
 RETRY = ("retry-after", "retry-after-ms")
 
 _decode = msgspec.json.Decoder(float_hook=Decimal).decode
@@ -68,7 +72,7 @@ class LimitWindow:
     used: int | Decimal | None = None
     """The limit without what remains, else what a provider says; None where more remains than the limit."""
     percent_used: float | None = None
-    """Above 100 where a provider says so."""
+    """Above 100 where a provider says so, and never above 10^6."""
     reset_in_ms: int | None = None
     """From `Limits.at`, rounded up; 0 for a reset that lies before it."""
 
@@ -79,7 +83,7 @@ class Limits:
 
     provider: str
     at: datetime
-    """The provider's `Date`, to the second; our clock where it says none. Aware, in UTC."""
+    """The provider's `Date`, to the second; our clock where it says none within ten years of it. Aware, in UTC."""
     windows: Mapping[str, LimitWindow] = field(default_factory=dict)
     """By the provider's own name for what is limited, with underscores: `input_tokens`. What limits one model alone
     says which: `requests_minute/gpt-4o`."""
@@ -156,8 +160,9 @@ class _Reading:
         self._warnings: list[str] = []
         self._all = fields(headers)
         self._raw: dict[str, str] = {}
-        date = self._one("date")
-        self._at = self._read(self._said("date", date), http_date) or now.astimezone(UTC)
+        ours = now.astimezone(UTC)
+        date = self._said("date", self._one("date"))
+        self._at = self._read(date, lambda text: _near(http_date(text), ours)) or ours
 
     def limits(self, status: int, body: object) -> Limits:
         for name in self._all:
@@ -243,23 +248,35 @@ class _Reading:
             else:
                 used = None
                 self._warnings.append(f"{_shown(parts['remaining'].place)}: {remaining} of a limit of {limit}")
-        percent = None if utilization is None else float(utilization * 100)
+        percent = None if utilization is None else utilization * 100
         if percent is None and used is not None and limit:
-            percent = float(Fraction(used) * 100 / Fraction(limit))
+            percent = Fraction(used) * 100 / Fraction(limit)
+            if percent > MAX_PERCENT:
+                percent = None
+                self._warnings.append(f"{_shown(parts['used'].place)}: {used} of a limit of {limit}")
         reset_at = self._reset_at(parts)
         return LimitWindow(
             limit=limit,
             remaining=remaining,
             reset_at=reset_at,
             used=used,
-            percent_used=percent,
+            percent_used=None if percent is None else float(percent),
             reset_in_ms=None if reset_at is None else max(0, -((self._at - reset_at) // ONE_MS)),
         )
 
     def _reset_at(self, parts: Mapping[str, _Said]) -> datetime | None:
         reset = self._rule.reset
         texts = {part: said.text for part, said in parts.items() if said.text is not None}
-        return None if reset is None else self._part(parts, "reset", lambda text: reset(text, self._at, texts))
+        if reset is None:
+            return None
+
+        def read(text: str) -> datetime | None:
+            found = reset(text, self._at, texts)
+            if found is not None and found - self._at > FARTHEST:
+                raise ValueError("a time within ten years")
+            return found
+
+        return self._part(parts, "reset", read)
 
     def _part(self, parts: Mapping[str, _Said], part: str, reader: Callable[[str], _T]) -> _T | None:
         said = parts.get(part)
@@ -284,9 +301,9 @@ class _Reading:
             return seconds(text)
         except ValueError:
             try:
-                then = http_date(text)
+                then = _near(http_date(text), self._at)
             except ValueError:
-                raise ValueError("seconds, or a date as in RFC 9110") from None
+                raise ValueError("seconds, or a date as in RFC 9110, of ten years at most") from None
         return Fraction(max(0, int((then - self._at).total_seconds())))
 
     def _decoded(self, status: int, body: object) -> dict[str, Any] | None:
@@ -331,6 +348,12 @@ class _Reading:
         except ValueError as expected:
             self._warnings.append(f"{_shown(said.place)}: got {_shown(said.shown)}, expected {expected}")
             return None
+
+
+def _near(date: datetime, now: datetime) -> datetime:
+    if abs(date - now) > FARTHEST:
+        raise ValueError("a date within ten years of our clock")
+    return date
 
 
 def _number_text(value: object) -> str | None:

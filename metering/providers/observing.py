@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +24,16 @@ def parse_limits(provider: str, headers: HeaderMap, *, now: datetime, status: in
     where the answer has no `Date`. `body`, as bytes, text or decoded JSON, tells a refusal; it is not kept.
 
     What a provider does not say is None, and what cannot be read is None with a warning that names the header: nothing
-    in an answer raises. Raises `UnknownProvider`, and `InvalidSetting` for a `now` without a time zone.
+    in an answer raises. Raises `UnknownProvider`, and `InvalidSetting` for a `now` without a time zone, a `status` that
+    is no int, and `headers` that are none at all.
     """
     rule = limit_rule_named(provider)
     if not isinstance(now, datetime) or now.utcoffset() is None:
         raise InvalidSetting("now", now, "an aware datetime")
+    if not isinstance(status, int) or isinstance(status, bool):
+        raise InvalidSetting("status", status, "an HTTP status as an int, such as 429")
+    if not isinstance(headers, Iterable) and not callable(getattr(headers, "items", None)):
+        raise InvalidSetting("headers", type(headers).__name__, "a mapping, or pairs of names and values")
     return read_limits(rule, headers, now=now, status=status, body=body)
 
 
@@ -53,9 +59,15 @@ def observe(provider: str, response: object, *, body: object = None, now: dateti
 
 def _parts_of(response: Any) -> tuple[int, HeaderMap, object]:
     """Status, headers and the body where it was read. An SDK's error, and its raw response, hold httpx's own one."""
-    held = getattr(response, "http_response", None) or getattr(response, "response", None) or response
-    status = getattr(held, "status_code", None) or getattr(held, "status", None)
+    held = _first(response, "http_response", "response")  # which may be false: a refusal is, in requests
+    held = response if held is None else held
+    status = _first(held, "status_code", "status")
     if not isinstance(status, int):
         raise TypeError("status")
     body = held.content if getattr(held, "is_stream_consumed", False) is True else None
     return status, held.headers, body
+
+
+def _first(of: Any, *names: str) -> Any:
+    found = (getattr(of, name, None) for name in names)
+    return next((each for each in found if each is not None), None)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metering.providers import LimitWindow
-from metering.providers.forecast import FARTHEST, Reading, exhausted_at, window_states
+from metering.providers.forecast import FARTHEST, Reading, exhausted_at, since, window_states
 from metering.providers.probes import ProviderStatus
 
 START = datetime(2026, 3, 12, 12, tzinfo=UTC)
@@ -35,6 +35,7 @@ def read(
     ("readings", "minutes"),
     [
         ([read(0, 1_000), read(5, 900)], 50),
+        ([read(0, 1_000), read(1, 900)], 10),
         ([read(0, 1_000), read(5, 900), read(10, 800)], 50),
         ([read(0, "10.50", limit=20), read(60, "9.00", limit=20)], 420),
         ([read(0, 1_000, resets=600), read(5, 500, resets=600)], 10),
@@ -58,6 +59,8 @@ def test_the_trend_of_what_remains(readings: list[Reading], minutes: float) -> N
         [],
         [read(0, 900)],
         [read(0, 900), read(0, 800)],
+        # Too short to tell.
+        [read(0, 900), read(0.99, 800)],
         [read(0, 900), read(5, 900)],
         [read(0, 800), read(5, 900)],
         [read(0, 900), read(5, None)],
@@ -114,6 +117,9 @@ def status(minutes: float, *, percent: float | None, wait_ms: int | None = None)
         ([96.0, 3.0], 81.0, (80,)),
         ([None], 81.0, (80,)),
         ([96.0], None, ()),
+        # What was last said counts, however long ago it was.
+        ([96.0, None, None], 97.0, ()),
+        ([81.0, None], 96.0, (95,)),
     ],
 )
 def test_levels_are_crossed_once(before: list[float | None], now: float | None, crossed: tuple[int, ...]) -> None:
@@ -142,3 +148,22 @@ def test_a_status_that_is_stored_already_is_not_its_own_past() -> None:
     kept = Reading(checked_at=at(10), percent_used=Decimal(81), limit=Decimal(100), remaining=Decimal(7))
     [state] = window_states([status(10, percent=81.0)], {("prod", "openai", "tokens"): [kept]})
     assert (state.crossed, state.exhausted_at) == ((80,), None)
+
+
+def test_what_no_ledger_can_hold_is_not_read() -> None:
+    window = LimitWindow(limit=10**26, remaining=Decimal("NaN"), percent_used=float("inf"), reset_in_ms=10**20)
+    assert Reading.of(at(0), window) == Reading(checked_at=at(0))
+    largest = LimitWindow(limit=10**26 - 1, remaining=Decimal("1e-12"), percent_used=10.0**25)
+    assert Reading.of(at(0), largest) == Reading(
+        checked_at=at(0), limit=Decimal(10**26 - 1), remaining=Decimal("1e-12"), percent_used=Decimal(10**25)
+    )
+
+
+def test_a_history_goes_on_and_ends() -> None:
+    old, recent = Reading(checked_at=at(-1)), Reading(checked_at=at(1))
+    gone = {("other", "openai", "tokens"): [old], ("third", "openai", "tokens"): [old, recent]}
+    states = window_states([status(10, percent=7.0)], {("prod", "openai", "tokens"): [old, recent]})
+    assert since(at(0), states, gone) == {
+        ("third", "openai", "tokens"): [recent],
+        ("prod", "openai", "tokens"): [recent, states[0].now],
+    }

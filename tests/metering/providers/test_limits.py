@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime, timedelta, timezone
 from email.message import Message
+from http import HTTPStatus
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -208,10 +209,22 @@ def test_without_a_date_our_clock_serves(date: str) -> None:
     assert ["date: " in warning for warning in limits.warnings] == [True] * bool(date)
 
 
+def test_what_is_ages_away_is_a_mistake() -> None:
+    resets = {"anthropic-ratelimit-requests-reset": "9000-01-01T00:00:00Z"}
+    for date in ("Mon, 01 Jan 1000 00:00:00 GMT", "Sat, 12 Apr 2036 12:00:00 GMT"):
+        limits = read("anthropic", {**answers.ANTHROPIC, **resets, "date": date}, now=NOON)
+        assert limits.at == NOON
+        assert [warning.partition(":")[0] for warning in limits.warnings] == ["date", *resets]
+        assert (limits.windows["requests"].reset_at, limits.windows["requests"].limit) == (None, 4_000)
+    decade = read("openai", {**answers.OPENAI, "date": "Sun, 13 Mar 2016 12:00:00 GMT"}, now=NOON)
+    assert (decade.at.year, decade.warnings) == (2016, ())
+
+
 @pytest.mark.parametrize(
     ("headers", "seconds"),
     [
         ({"retry-after": "43"}, 43.0),
+        ({"retry-after": "Wed, 01 Jan 9000 00:00:00 GMT"}, None),
         ({"retry-after": "0.5"}, 0.5),
         ({"retry-after": "Thu, 12 Mar 2026 12:01:30 GMT"}, 90.0),
         ({"retry-after": "Thu, 12 Mar 2026 11:00:00 GMT"}, 0.0),
@@ -226,7 +239,7 @@ def test_without_a_date_our_clock_serves(date: str) -> None:
 def test_retry_after(provider: str, headers: dict[str, str], seconds: float | None) -> None:
     limits = read(provider, {"date": answers.DATE, **headers})
     assert (limits.retry_after_s, limits.rate_limited) == (seconds, False)
-    unread = [name for name, value in headers.items() if value in ("-3", "later", "soon")]
+    unread = [name for name, value in headers.items() if value in ("-3", "later", "soon") or "9000" in value]
     assert [warning.partition(":")[0] for warning in limits.warnings] == unread
     assert limits.raw == headers
 
@@ -426,3 +439,35 @@ def test_without_a_clock_observing_takes_ours() -> None:
     limits = observe("openai", httpx.Response(200, headers={"x-ratelimit-reset-tokens": "1s"}))
     assert before <= limits.at <= datetime.now(UTC)
     assert limits.windows["tokens"].reset_in_ms == 1_000
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [*({"status": status} for status in (None, "429", True, 4.29)), *({"headers": headers} for headers in (None, 7))],
+)
+def test_what_is_no_answer_at_all_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InvalidSetting, match=next(iter(wrong))):
+        parse_limits("openai", **{"headers": {}, "now": NOON, **wrong})
+    assert parse_limits("openai", {}, now=NOON, status=HTTPStatus.TOO_MANY_REQUESTS).rate_limited
+
+
+class Refusal:
+    """As `requests.Response` is: false where it is an error."""
+
+    def __init__(self, status: int) -> None:
+        self.status_code = status
+        self.headers = answers.OPENAI_LIMITED
+
+    def __bool__(self) -> bool:
+        return self.status_code < 400
+
+
+@pytest.mark.parametrize("held", ["response", "http_response"])
+def test_a_response_that_is_false_is_one(held: str) -> None:
+    error = Exception("429 Client Error")
+    setattr(error, held, Refusal(429))
+    expected = read("openai", answers.OPENAI_LIMITED, status=429)
+    assert observe("openai", error, now=FAR) == expected
+    assert observe("openai", Refusal(429), now=FAR) == expected
+    setattr(error, held, None)
+    assert observe("openai", error, now=FAR).warnings == ("response: cannot be read (TypeError)",)

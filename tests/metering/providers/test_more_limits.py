@@ -265,7 +265,30 @@ def test_a_key_of_openrouter_without_a_limit() -> None:
     assert limits.windows == {"credits_usd": LimitWindow(used=Decimal("1e-7"))}
 
 
-@pytest.mark.parametrize("value", [-0.5, "-1", "1,5", True, [], {}, 10**40, "1e999", "1e-31", "NaN"])
+@pytest.mark.parametrize(
+    ("said", "read"),
+    [
+        (0.30000000000000004, "0.3"),
+        ("1.0000000000005", "1"),
+        ("0.0000000000015001", "2e-12"),
+        (1e-12, "1e-12"),
+        ("0.00000000000000", "0"),
+        ("999999999999999.99", "999999999999999.99"),
+    ],
+)
+def test_amounts_are_read_to_twelve_places(said: Any, read: str) -> None:
+    limits = both("openrouter", key(limit=None, limit_remaining=None, limit_reset=None, usage=said), 200)
+    assert limits.windows == {"credits_usd": LimitWindow(used=Decimal(read))}
+    assert limits.warnings == ()
+
+
+def test_a_use_that_is_none_of_its_limit_has_no_percentage() -> None:
+    limits = both("openrouter", key(limit=1e-9, limit_remaining=None, limit_reset=None, usage=1_000), 200)
+    assert limits.windows == {"credits_usd": LimitWindow(limit=Decimal("1e-9"), used=Decimal(1_000))}
+    assert limits.warnings == ("data.usage: 1000 of a limit of 1E-9",)
+
+
+@pytest.mark.parametrize("value", [-0.5, "-1", "1,5", True, [], {}, 10**40, "1e999", "1e-31", "1e-13", "NaN"])
 @pytest.mark.parametrize("name", ["limit", "limit_remaining"])
 def test_amounts_that_are_none_are_named_and_not_shown_where_they_are_texts(name: str, value: Any) -> None:
     limits = both("openrouter", key(**{name: value}), 200)
