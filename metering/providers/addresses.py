@@ -8,16 +8,21 @@ import re
 import socket
 import threading
 from concurrent.futures import Future
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from urllib.parse import urlsplit
 
-from metering.errors import AddressRefused, HostNotFound
+from metering.errors import AddressRefused, ConnectionFailed, HostNotFound
 
 __all__ = ["check_address", "check_url"]
 
 HOST = re.compile(r"[a-z0-9._-]{1,253}|[0-9a-f:.]{2,45}(?:%[a-z0-9]+)?")
 """A name, or an address of IPv6."""
 PORTS = {"https": 443, "http": 80}
+
+WITH_IPV4 = (IPv6Network("::/96"), IPv6Network("64:ff9b::/96"))
+"""Whose last 32 bits are an address of IPv4: RFC 4291, 2.5.5.1, and RFC 6052, 2.1."""
+LOCAL = (IPv6Network("fec0::/10"), IPv6Network("64:ff9b:1::/48"))
+"""Of a site, which Python takes for global: RFC 3879, and RFC 8215."""
 
 _LOOK_UPS: dict[tuple[str, int], Future[set[str]]] = {}
 """Those under way."""
@@ -45,16 +50,21 @@ def check_url(provider: str, url: str, allowed_hosts: tuple[str, ...]) -> tuple[
 async def check_address(provider: str, host: str, port: int, allowed_hosts: tuple[str, ...]) -> None:
     """Look a host up. Raises `HostNotFound`, and `AddressRefused` where one of its addresses is not public.
 
+    Raises `ConnectionFailed` where there is no thread to look it up on.
+
     Who answers may say something else a moment later; then TLS holds, because no other host has the certificate.
     """
     if host in allowed_hosts:
         return
-    found = await asyncio.wrap_future(_look_up(host, port))
+    try:
+        found = await asyncio.wrap_future(_look_up(host, port))
+    except RuntimeError:  # no more threads
+        raise ConnectionFailed(provider, f"{host} cannot be looked up: no thread can be started") from None
     if not found:
         raise HostNotFound(provider, f"{host} has no address")
     for address in found:
         ip = _plain(address)
-        if not (ip.is_loopback if _is_loopback(host) else ip.is_global and not ip.is_multicast):
+        if not (ip.is_loopback if _is_loopback(host) else _is_public(ip)):
             raise AddressRefused(provider, f"{host} is at {ip}, which is not public, and not in allowed_hosts")
 
 
@@ -82,7 +92,7 @@ def _look_up(host: str, port: int) -> Future[set[str]]:
 
         try:
             threading.Thread(target=run, name=f"look-up of {host}", daemon=True).start()
-        except RuntimeError as exc:  # no more threads
+        except RuntimeError as exc:
             _LOOK_UPS.pop((host, port), None)
             mine.set_exception(exc)
     return under_way
@@ -93,6 +103,16 @@ def _is_loopback(host: str) -> bool:
         return _plain(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _is_public(ip: IPv4Address | IPv6Address) -> bool:
+    if isinstance(ip, IPv6Address):
+        inside = ip.sixtofour  # RFC 3056
+        if any(ip in network for network in WITH_IPV4):
+            inside = IPv4Address(int(ip) & 0xFFFF_FFFF)
+        if any(ip in network for network in LOCAL) or (inside is not None and not _is_public(inside)):
+            return False
+    return ip.is_global and not ip.is_multicast
 
 
 def _plain(address: str) -> IPv4Address | IPv6Address:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from metering.errors import InvalidUsage, KeyRefused, ProbeFailed, ProviderLimited, UnexpectedAnswer
+from metering.checks import MAX_TOKENS
+from metering.errors import InvalidUsage, KeyRefused, ProbeFailed, ProbeTimeout, ProviderLimited, UnexpectedAnswer
 from metering.payloads import usage_of
 from metering.providers.observing import parse_limits
 from metering.providers.probes import model_names
@@ -32,6 +33,8 @@ class Answer:
     """Why the body is not whole."""
     broke_off: bool = False
     """Whether that is for the connection."""
+    timed_out: bool = False
+    """Whether it is for the time it took."""
     latency_ms: int
 
 
@@ -74,8 +77,7 @@ def with_models(status: ProviderStatus, rule: ProbeRule, answer: Answer) -> Prov
     try:
         return replace(status, models=model_names(rule, _json(answer)))
     except ValueError as expected:
-        problem = f"{rule.models_path} answered something else than {expected}"
-        return replace(status, error=UnexpectedAnswer(status.provider, problem, status=answer.status))
+        return replace(status, error=_unread(status.provider, rule.models_path, answer, expected))
 
 
 def with_sample(status: ProviderStatus, rule: ProbeRule, sample: Sample, answer: Answer) -> ProviderStatus:
@@ -86,16 +88,24 @@ def with_sample(status: ProviderStatus, rule: ProbeRule, sample: Sample, answer:
     try:
         said: Any = _json(answer)
     except ValueError as expected:
-        problem = f"{sample.path} answered something else than {expected}"
-        return replace(status, error=UnexpectedAnswer(status.provider, problem, status=answer.status))
+        return replace(status, error=_unread(status.provider, sample.path, answer, expected))
     took = said.get(rule.latency_ns) if rule.latency_ns and isinstance(said, dict) else None
-    if type(took) is int and took >= 0:
+    if type(took) is int and 0 <= took <= MAX_TOKENS:
         status = replace(status, sample_latency_ms=took // 1_000_000)
+    elif took is not None:
+        warning = f"{sample.path}: its {rule.latency_ns} cannot be read"
+        status = replace(status, warnings=(*status.warnings, warning))
     try:
         usage = usage_of(said, status.provider)
     except InvalidUsage:
         return replace(status, warnings=(*status.warnings, f"{sample.path}: its usage cannot be read"))
     return replace(status, sample_input_tokens=usage.input_tokens, sample_output_tokens=usage.output_tokens)
+
+
+def _unread(provider: str, path: str, answer: Answer, expected: ValueError) -> ProbeFailed:
+    if answer.timed_out:
+        return ProbeTimeout(provider, f"the answer of {path} {answer.problem}", status=answer.status)
+    return UnexpectedAnswer(provider, f"{path} answered something else than {expected}", status=answer.status)
 
 
 def _json(answer: Answer) -> object:

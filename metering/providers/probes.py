@@ -13,23 +13,33 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from metering import errors
-from metering.errors import InvalidSetting, MeteringError, ProbeFailed, UnknownProvider
+from metering.errors import InvalidSetting, MeteringError, ProbeFailed, ProviderLimited, UnknownProvider
 from metering.events import MAX_NAME
 from metering.providers.limits import LimitWindow  # noqa: TC001  as above
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["Credential", "ProbeRule", "ProviderStatus", "Sample", "free_questions", "model_names", "url_of"]
+__all__ = [
+    "Credential",
+    "ProbeRule",
+    "ProviderStatus",
+    "Sample",
+    "free_questions",
+    "is_key",
+    "model_names",
+    "url_of",
+]
 
 MAX_MODELS = 1_000
 MODELS_SHOWN = 20
+MAX_URL = 1_000
 PROJECT = re.compile(r"[A-Za-z0-9_-]{1,100}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credential:
-    """Who asks a provider. Raises `InvalidSetting` for keys that no header can hold, without showing them."""
+    """Who asks a provider. Raises `InvalidSetting` for what cannot be, without showing keys, base URLs and projects."""
 
     id: str
     """The name it goes by in statuses and logs; not secret."""
@@ -45,22 +55,41 @@ class Credential:
     """Hosts of `base_url` that may be asked without TLS, and at private and link-local addresses."""
     paid_probes_per_day: int = 0
     """How often a UTC day a call that costs may be made, where the model list says no limits. 0: never."""
+    warnings: tuple[str, ...] = ()
+    """What is wrong with where it comes from, such as a variable that holds no key; each status says it."""
 
     def __post_init__(self) -> None:
         for name in (self.id, self.provider):
-            if not (isinstance(name, str) and name.isprintable() and 1 <= len(name) <= MAX_NAME):
-                raise InvalidSetting("credential", name, f"an id and a provider of 1 to {MAX_NAME} characters")
-        object.__setattr__(self, "allowed_hosts", tuple(host.lower() for host in self.allowed_hosts))
+            if not _is_text(name, MAX_NAME):
+                raise InvalidSetting(
+                    "credential", name, f"an id and a provider of 1 to {MAX_NAME} printable characters"
+                )
         for name, key in (("key", self.key), ("admin_key", self.admin_key)):
-            if key is not None and not (
-                isinstance(key, str) and key.isascii() and key.isprintable() and " " not in key
-            ):
+            if key is not None and not is_key(key):
                 raise InvalidSetting(name, "(not shown)", "a key: ASCII without blanks")
         if self.project is not None and not (isinstance(self.project, str) and PROJECT.fullmatch(self.project)):
-            raise InvalidSetting("project", self.project, "the id of a project, such as proj_abc")
+            raise InvalidSetting("project", "(not shown)", "the id of a project, such as proj_abc")
+        # A password or a key in it would be shown with it, and is not what authorizes.
+        if self.base_url is not None and not (_is_text(self.base_url, MAX_URL) and not set("@?#") & set(self.base_url)):
+            raise InvalidSetting(
+                "base_url", "(not shown)", "scheme, host, port and path, such as https://llm.example/v1"
+            )
+        hosts: object = self.allowed_hosts
+        if not isinstance(hosts, tuple | list) or not all(_is_text(host, MAX_NAME) for host in hosts):
+            raise InvalidSetting("allowed_hosts", hosts, "a tuple of hosts, such as ('llm.internal',)")
+        object.__setattr__(self, "allowed_hosts", tuple(host.lower() for host in hosts))
         paid = self.paid_probes_per_day
         if type(paid) is not int or paid < 0:
             raise InvalidSetting("paid_probes_per_day", paid, "a whole number, 0 or more")
+
+
+def is_key(key: object) -> bool:
+    """Whether a header can hold it."""
+    return isinstance(key, str) and key.isascii() and key.isprintable() and " " not in key
+
+
+def _is_text(value: object, longest: int) -> bool:
+    return isinstance(value, str) and value.isprintable() and 1 <= len(value) <= longest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +117,11 @@ class ProviderStatus:
     sample_input_tokens: int | None = None
     sample_output_tokens: int | None = None
     sample_latency_ms: int | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether it could not be asked. A 429 is an answer: it was asked, and said its limits."""
+        return self.error is not None and not isinstance(self.error, ProviderLimited)
 
     def to_dict(self, *, models: int = MODELS_SHOWN) -> dict[str, Any]:
         """As JSON has it: times and money as text, the error as type, message and HTTP status, some models and the

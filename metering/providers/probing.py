@@ -123,11 +123,12 @@ async def probe(
     Gets the model list, and where that says no limits and `paid_probes_per_day` allows it, posts a call of one token.
     What else the provider tells for free, some of it to an `admin_key` alone, adds the windows that were not told yet.
     A status is kept for 60 s, 10 s where it has an error; `force_refresh` asks all the same, but never twice at once.
-    `client` serves many probes of one event loop; without one, each probe makes its own. Redirects are not followed. A
-    GET that finds no connection, or is answered 502, 503 or 504, is asked up to twice more, all within `timeout_s`.
+    `client` serves many probes of one event loop; without one, each probe makes its own, which uses no proxy of the
+    environment. Redirects are not followed. A GET that finds no connection, or is answered 502, 503 or 504, is asked up
+    to twice more, all within `timeout_s`.
 
-    Whatever goes wrong with the provider is the status's `error`, and not raised: `UnknownProvider`, or one of
-    `ProbeFailed`. Raises ImportError without httpx.
+    Whatever goes wrong with the provider, or on the way to it, is the status's `error`, and not raised:
+    `UnknownProvider`, or one of `ProbeFailed`. Raises ImportError without httpx.
     """
     name = _name(credential)
 
@@ -261,10 +262,12 @@ async def _probed(
         return ProviderStatus(
             provider=credential.provider, account_key=credential.id, checked_at=clock(), error=_bare(exc)
         )
-    status = ProviderStatus(provider=provider, account_key=credential.id, checked_at=clock())
+    said = credential.warnings
+    status = ProviderStatus(provider=provider, account_key=credential.id, checked_at=clock(), warnings=said)
     rule = PROBE_RULES[provider]
     if rule.needs_key and not credential.key:
-        return replace(status, error=NoProviderKey(provider, f"no key is configured for {credential.id!r}"))
+        why = f" ({'; '.join(said)})" if said else ""
+        return replace(status, error=NoProviderKey(provider, f"no key is configured for {credential.id!r}{why}"))
     async with client_or_own(client) as asked:
         conversation = Conversation(asked, credential, provider, rule, timeout_s, clock)
         status = await _with_limits(status, conversation, clock, memory.paid)
@@ -325,7 +328,8 @@ async def _sampled(
     except Exception as exc:  # noqa: BLE001  what is not counted is not paid for, and the limits are known without it
         return _warned(status, f"paid probe: not made, because it cannot be counted ({type(exc).__name__})")
     if paid is None:
-        return status
+        most = credential.paid_probes_per_day
+        return _warned(status, f"paid probe: not made, because the day's {most} are used up")
     try:
         answer = await conversation.ask("POST", sample.path, msgspec.json.encode(sample.body))
     except ProbeFailed as exc:

@@ -119,13 +119,18 @@ class ProbeServer(ThreadingHTTPServer):
         """How many questions were open at the same time, and how many of these were never answered."""
         self._lock = threading.Lock()
 
-    def slow(self, handler: _Handler) -> None:
+    def slow(self, status: int = 200, headers: Pairs = ()) -> Reply:
         """Begin an answer, and go on when the server ends."""
-        handler.send_response_only(200)
-        handler.send_header("content-length", "1000")
-        handler.end_headers()
-        handler.wfile.write(b'{"data": [')
-        self.ended.wait()
+
+        def answer(handler: _Handler) -> None:
+            handler.send_response_only(status)
+            for name, value in (*dict(headers).items(), ("content-length", "1000")):
+                handler.send_header(name, value)
+            handler.end_headers()
+            handler.wfile.write(b'{"data": [')
+            self.ended.wait()
+
+        return answer
 
     def silent(self, handler: _Handler) -> None:
         """Say nothing until the asker hangs up."""

@@ -81,7 +81,9 @@ def test_leave_is_taken_before_the_call_and_what_it_took_is_told_after_it(
     assert (paid.day.isoformat(), status.sample_latency_ms is not None) == ("2026-03-12", True)
     pay()
     assert [(what, entry and entry.number) for what, _, entry, _ in book.told[2:]] == [("take", 2), ("spent", 2)]
-    assert (pay().sample_model, book.told[4:]) == (None, [("take", 5, None, ())])
+    status = pay()
+    assert (status.sample_model, book.told[4:]) == (None, [("take", 5, None, ())])
+    assert (status.error, status.warnings) == (None, ("paid probe: not made, because the day's 2 are used up",))
 
 
 def test_without_leave_nobody_is_asked_for_it(pay: Callable[..., ProviderStatus], book: Book) -> None:
@@ -95,7 +97,7 @@ def test_without_leave_nobody_is_asked_for_it(pay: Callable[..., ProviderStatus]
 def test_a_call_that_failed_is_told_without_tokens(
     pay: Callable[..., ProviderStatus], book: Book, server: ProbeServer, answer: Any, timeout_s: float, kind: type
 ) -> None:
-    server.replies[SAMPLE] = answer or server.slow
+    server.replies[SAMPLE] = answer or server.silent
     status = pay(timeout_s=timeout_s)
     assert type(status.error) is kind
     assert [what for what, *_ in book.told] == ["take", "spent"]

@@ -109,7 +109,7 @@ def test_fifty_threads_make_one_request(server: ProbeServer) -> None:
 async def test_when_who_asks_is_cancelled_the_next_one_asks() -> None:
     memory = Memory()
     with ProbeServer() as server:
-        good, server.replies[MODELS["openai"]] = server.replies[MODELS["openai"]], server.slow
+        good, server.replies[MODELS["openai"]] = server.replies[MODELS["openai"]], server.slow()
         credential = Credential(id="acme", provider="openai", key=KEY, base_url=server.url)
         first = asyncio.create_task(probe(credential, memory=memory, timeout_s=20))
         await until(lambda: bool(server.asked))

@@ -70,6 +70,7 @@ def test_the_model_list_tells_windows_and_models(
     assert server.asked == [MODELS[provider]]
     [sent] = server.headers
     assert sent["x-api-key" if provider == "anthropic" else "authorization"].endswith(KEY)
+    assert sent["accept-encoding"] == "identity"
     assert sent.get("anthropic-version") == ("2023-06-01" if provider == "anthropic" else None)
 
 
@@ -117,6 +118,12 @@ def test_a_call_that_costs_is_made_where_it_is_allowed_and_needed(
     assert status.sample_latency_ms is not None
     if provider == "ollama":
         assert status.sample_latency_ms == GENERATED["total_duration"] // 1_000_000  # type: ignore[operator]
+        for wrong in (10**30, -1, "soon", 1.5):
+            server.replies[SAMPLES[provider]] = reply({**GENERATED, "total_duration": wrong})
+            status = ask(provider, paid_probes_per_day=9, force_refresh=True)
+            assert status.sample_latency_ms is not None
+            assert 0 <= status.sample_latency_ms < 60_000
+            assert status.warnings == ("/api/generate: its total_duration cannot be read",)
     assert (status.error, status.models != ()) == (None, True)
 
 
@@ -262,15 +269,28 @@ def test_headers_that_came_twice_and_garbage_are_warned_of(
     assert [warning.partition(":")[0] for warning in status.warnings] == ["x-ratelimit-limit-tokens"]
 
 
-@pytest.mark.parametrize(("path", "timeout_s"), [(MODELS["openai"], 0.1), (SAMPLES["openai"], 3)])
-def test_a_slow_body_is_given_up(
-    ask: Callable[..., ProviderStatus], server: ProbeServer, path: str, timeout_s: float
+@pytest.mark.parametrize("path", [MODELS["openai"], SAMPLES["openai"]])
+@pytest.mark.parametrize("code", [200, 429])
+def test_a_body_that_does_not_end_leaves_what_the_headers_say(
+    ask: Callable[..., ProviderStatus], server: ProbeServer, path: str, code: int
 ) -> None:
     server.replies[MODELS["openai"]] = reply(OPENAI_MODELS)
-    server.replies[path] = server.slow
-    status = ask(timeout_s=timeout_s, paid_probes_per_day=1)
+    server.replies[path] = server.slow(code, answers.OPENAI_LIMITED)
+    status = ask(timeout_s=3, paid_probes_per_day=1)
+    assert type(status.error) is (ProbeTimeout if code == 200 else ProviderLimited)
+    assert code == 429 or str(status.error).endswith("did not end in time")
+    assert (status.reachable, status.sample_model is None) == (True, path == MODELS["openai"])
+    assert (status.windows["tokens"].remaining, status.retry_after_s) == (0, 113.425)
+    assert status.rate_limited == (code == 429)
+
+
+@pytest.mark.parametrize("path", [MODELS["openai"], SAMPLES["openai"]])
+def test_who_says_nothing_is_given_up(ask: Callable[..., ProviderStatus], server: ProbeServer, path: str) -> None:
+    server.replies[MODELS["openai"]] = reply(OPENAI_MODELS)
+    server.replies[path] = server.silent
+    status = ask(timeout_s=3, paid_probes_per_day=1)
     assert isinstance(status.error, ProbeTimeout)
-    assert (status.reachable, status.sample_model is None) == (path != MODELS["openai"], path == MODELS["openai"])
+    assert (status.reachable, status.windows) == (path != MODELS["openai"], {})
 
 
 def test_no_connection(ask: Callable[..., ProviderStatus]) -> None:
@@ -302,8 +322,6 @@ ADDRESSES = {
     "ftp://127.0.0.1:21": [],
     "https://": [],
     "nothing": [],
-    "https://user:sk-live-0123456789abcdef@api.openai.com": [],
-    "https://api.openai.com?key=sk-live-0123456789abcdef": [],
     "https://api.openai.com:99999": [],
     "https://good.example\\.evil.example": [],
     "https://ünï.example": [],
@@ -316,6 +334,12 @@ ADDRESSES = {
     "https://mapped.example": ["::ffff:10.0.0.1"],
     "https://unique.example": ["fd00::1"],
     "https://shared.example": ["100.64.0.1"],
+    "https://[fec0::1]": ["fec0::1"],
+    "https://nat64.example": ["64:ff9b::a00:1"],
+    "https://nat64.internal.example": ["64:ff9b:1::808:808"],
+    "https://6to4.example": ["2002:a00:1::1"],
+    "https://compatible.example": ["::10.0.0.1"],
+    "http://compatible.example": ["::7f00:1"],
     "https://2130706433": ["127.0.0.1"],
     "https://rebound.example": ["127.0.0.1"],
     "https://multicast.example": ["224.0.0.1"],
@@ -368,10 +392,35 @@ def test_a_key_that_no_header_can_hold_is_not_shown(key: Any) -> None:
     assert KEY not in repr(Credential(id="acme", provider="openai", key=KEY))
 
 
-@pytest.mark.parametrize("wrong", [{"id": ""}, {"id": 7}, {"provider": None}, {"paid_probes_per_day": -1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"id": ""},
+        {"id": 7},
+        {"id": "two\nlines"},
+        {"provider": None},
+        {"paid_probes_per_day": -1},
+        {"base_url": ""},
+        {"base_url": 123},
+        {"base_url": b"https://a.example"},
+        {"base_url": "https://a.example/\udc80"},
+        {"base_url": "https://a.example/" + "x" * 1_000},
+        {"base_url": f"https://user:{KEY}@api.openai.com"},
+        {"base_url": f"https://api.openai.com?key={KEY}"},
+        {"base_url": f"https://api.openai.com#{KEY}"},
+        {"allowed_hosts": None},
+        {"allowed_hosts": (1,)},
+        {"allowed_hosts": "llama.internal"},
+        {"project": f"{KEY} x"},
+    ],
+)
 def test_a_credential_is_checked(wrong: dict[str, Any]) -> None:
-    with pytest.raises(InvalidSetting):
+    with pytest.raises(
+        InvalidSetting, match="credential" if {"id", "provider"} & set(wrong) else next(iter(wrong))
+    ) as caught:
         Credential(**{"id": "acme", "provider": "openai", **wrong})
+    assert KEY not in str(caught.value)
+    assert Credential(id="acme", provider="openai", allowed_hosts=["A"]).allowed_hosts == ("a",)  # type: ignore[arg-type]
 
 
 def test_a_base_url_may_say_the_version(ask: Callable[..., ProviderStatus], server: ProbeServer) -> None:

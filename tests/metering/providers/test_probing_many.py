@@ -53,9 +53,12 @@ def test_two_hundred_are_probed_while_twenty_never_answer(server: ProbeServer) -
         hidden(status)
 
 
-@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize(
+    ("own", "count", "most", "parallel"),
+    [(True, 12, 3, {"parallel": 3}), (False, 12, 3, {"parallel": 3}), (True, 110, 100, {})],
+)
 @on_a_loop
-async def test_so_many_are_asked_at_a_time(own: bool) -> None:
+async def test_so_many_are_asked_at_a_time(own: bool, count: int, most: int, parallel: dict[str, int]) -> None:
     gate = threading.Event()
     with ProbeServer() as server:
         answer = server.replies[MODELS["openai"]]
@@ -65,15 +68,15 @@ async def test_so_many_are_asked_at_a_time(own: bool) -> None:
             answer(handler)
 
         server.replies[MODELS["openai"]] = gated
-        asked = credentials(server, 12)
+        asked = credentials(server, count)
         async with httpx.AsyncClient() as client:
             given = None if own else client
-            found = asyncio.create_task(probe_all(asked, parallel=3, client=given, timeout_s=20, memory=Memory()))
-            await until(lambda: server.open["any"] == 3)
-            await client.get(f"{server.url}/api/tags", timeout=DEADLINE_S)  # a fourth one would have come before it
+            found = asyncio.create_task(probe_all(asked, client=given, timeout_s=60, memory=Memory(), **parallel))
+            await until(lambda: server.open["any"] == most)
+            await client.get(f"{server.url}/api/tags", timeout=DEADLINE_S)  # one more would have come before it
             gate.set()
-            assert [status.error for status in await found] == [None] * 12
-        assert server.asked[3] == MODELS["ollama"]
+            assert [status.error for status in await found] == [None] * count
+        assert server.asked[most] == MODELS["ollama"]
 
 
 def test_what_is_kept_is_not_asked_again_unless_it_is_forced(server: ProbeServer) -> None:
