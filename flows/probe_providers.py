@@ -11,8 +11,9 @@ from prefect.states import Completed
 
 from flows.command import run
 from flows.places import Places
-from metering.providers.registry import PROBE_RULES
+from metering.providers.credentials import nothing_to_probe
 from metering.providers.showing import plain_number, status_rows
+from metering.settings import Settings
 from tasks.errors import JobError
 from tasks.probes import keep_statuses, probe_credentials, write_headroom
 
@@ -21,35 +22,31 @@ if TYPE_CHECKING:
 
 __all__ = ["probe_providers"]
 
-NO_CREDENTIALS = (
-    "there is no credentials.toml, and none of "
-    f"{', '.join(sorted(filter(None, (rule.key_variable for rule in PROBE_RULES.values()))))} is set: "
-    "there is no provider to ask"
-)
-
 
 @flow
 def probe_providers() -> Any:
     """Probe every credential, keep what was found, and publish a table and a page.
 
     An event `tallystick.provider-limit.80` or `.95` is emitted when so much of a window is used, once until it is less
-    again. Returns how many were asked, and the `page`. A credential that cannot be probed is in the table, and fails
-    nothing else; `JobError` where none could be.
+    again, or was not read for a day. Returns how many were asked, and the `page`. A credential that cannot be probed is
+    in the table, and fails nothing else; `JobError` where none could be, a 429 being an answer, and where the page
+    cannot be written, all else being done.
     """
     places = Places.from_env()
     probed = probe_credentials(places.ledger_url)
     if not probed.statuses:
-        return Completed(message=NO_CREDENTIALS, data={"skipped": NO_CREDENTIALS})
+        why = nothing_to_probe(Settings.from_env().credentials)
+        return Completed(message=why, data={"skipped": why})
     # Before they are kept: whoever is killed in between tells it again, rather than never.
     for state in probed.states:
         for level in state.crossed:
             _tell(state, level)
-    keep_statuses(places.ledger_url, probed.statuses)
-    page = write_headroom(places.out, probed)
+    recorded = keep_statuses(places.ledger_url, probed.statuses)
     create_table_artifact(
         status_rows(probed.statuses, probed.states), key="provider-limits", description="The providers' limits"
     )
-    counts = probed.counts()
+    page = write_headroom(places.out, probed)
+    counts = {**probed.counts(), "not_kept": recorded.refused}
     if counts["failed"] == counts["credentials"]:
         raise JobError("; ".join(dict.fromkeys(str(status.error) for status in probed.statuses)))
     return {**counts, "page": str(page.absolute())}

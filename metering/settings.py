@@ -31,7 +31,10 @@ class Settings:
     plans: Path = Path("plans.toml")
     """METERING_PLANS: plans and rates. Not set and no `plans.toml` in the working folder: the four default plans."""
     credentials: Path | None = None
-    """METERING_CREDENTIALS: whom to probe. Not set: `credentials.toml` in the working folder, if it is there."""
+    """METERING_CREDENTIALS: whom to probe. Not set: `credentials.toml` in the working folder, if it is there.
+
+    Whether the file is there is seen when it is read: an app that probes nobody needs none.
+    """
     issuer: str = "INV"
     """METERING_ISSUER: what final documents are numbered under, such as `INV-000001`."""
     quota_url: str | None = None
@@ -81,8 +84,6 @@ class Settings:
         if plans and not Path(plans).is_file():
             raise InvalidSetting("METERING_PLANS", plans, "a file that is there")
         credentials = environ.get("METERING_CREDENTIALS")
-        if credentials and not Path(credentials).is_file():
-            raise InvalidSetting("METERING_CREDENTIALS", credentials, "a file that is there")
         if not credentials and Path("credentials.toml").is_file():
             credentials = "credentials.toml"
         return cls(

@@ -39,7 +39,7 @@ def headroom_html(
             )
             for status in statuses
         ],
-        failed=sum(status.error is not None for status in statuses),
+        failed=sum(status.failed for status in statuses),
         tight=sum(level_of(state.now) > 0 for state in states),
         level=LEVELS[0],
         start=start,

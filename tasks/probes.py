@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -10,8 +9,8 @@ from prefect import task
 
 from metering.clock import utc_now
 from metering.ledger import Ledger
-from metering.ledger.observations import readings_since, record_statuses
-from metering.ledger.paid_probes import LedgerPaidProbes
+from metering.ledger.observations import Recorded, readings_since, record_statuses
+from metering.ledger.paid_probes import LedgerPaidProbes, cost_paid_probes
 from metering.providers.credentials import credentials_of_environment, read_credentials
 from metering.providers.forecast import TREND, window_states
 from metering.providers.probing import Memory, probe_all_sync
@@ -19,6 +18,7 @@ from metering.settings import Settings, environment
 from reports.files import write_atomically
 from reports.headroom import headroom_html
 from tasks.costs import provider_cost
+from tasks.errors import ReportError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from metering.providers.probes import Credential, ProviderStatus
 
 __all__ = ["Probed", "configured_credentials", "probe_credentials", "write_headroom"]
-
-logger = logging.getLogger("metering")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +47,7 @@ class Probed:
         """In numbers."""
         return {
             "credentials": len(self.statuses),
-            "failed": sum(status.error is not None for status in self.statuses),
+            "failed": sum(status.failed for status in self.statuses),
             "windows": len(self.states),
             "paid_probes": sum(status.sample_model is not None for status in self.statuses),
         }
@@ -65,17 +63,18 @@ def configured_credentials() -> list[Credential]:
 
 @task
 def probe_credentials(ledger_url: str, clock: Callable[[], datetime] = utc_now) -> Probed:
-    """Ask all of them, about as long as one takes. Nothing is kept yet: see `keep_statuses`.
+    """Ask all of them, about as long as one takes. Nothing is kept yet but what was paid for: see `keep_statuses`.
 
     What is wrong with a provider is in its status. Raises what reading the credentials and the ledger raises.
     """
     settings, credentials = Settings.from_env(), configured_credentials()
     ledger = Ledger(ledger_url)
     try:
-        paid = LedgerPaidProbes(ledger, cost_of=_cost_of)
+        paid = LedgerPaidProbes(ledger)
         memory = Memory(redis_url=settings.quota_url, redis_timeout_s=settings.quota_timeout_s, paid=paid)
         statuses = probe_all_sync(credentials, memory=memory, clock=clock)
         end = clock()
+        cost_paid_probes(ledger, end, _cost_of)
         with ledger.read() as connection:
             history = readings_since(connection, end - TREND)
     finally:
@@ -84,8 +83,8 @@ def probe_credentials(ledger_url: str, clock: Callable[[], datetime] = utc_now) 
 
 
 @task
-def keep_statuses(ledger_url: str, statuses: list[ProviderStatus]) -> int:
-    """Write statuses into the ledger; how many it did not have."""
+def keep_statuses(ledger_url: str, statuses: list[ProviderStatus]) -> Recorded:
+    """Write statuses into the ledger; how many it did not have, and how many it cannot hold."""
     ledger = Ledger(ledger_url)
     try:
         with ledger.write() as connection:
@@ -95,10 +94,14 @@ def keep_statuses(ledger_url: str, statuses: list[ProviderStatus]) -> int:
 
 
 def write_headroom(out: Path, probed: Probed) -> Path:
-    """Write the page; where it is."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Write the page; where it is. Raises `ReportError`."""
     path = out / "providers.html"
-    write_atomically(path, headroom_html(probed.statuses, probed.states, start=probed.start, end=probed.end))
+    page = headroom_html(probed.statuses, probed.states, start=probed.start, end=probed.end)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, page)
+    except OSError as exc:
+        raise ReportError(path, exc) from exc
     return path
 
 
@@ -121,11 +124,10 @@ def _cost_of(paid: PaidProbe, input_tokens: int, output_tokens: int) -> Decimal 
 
 
 def _secret_block(name: str) -> str | None:
-    """The text of a Secret block of Prefect; None, with a warning, where there is none."""
+    """The text of a Secret block of Prefect; None where there is none."""
     from prefect.blocks.system import Secret  # noqa: PLC0415
 
     try:
         return str(cast("Secret[str]", Secret.load(name)).get())
     except ValueError:
-        logger.warning("there is no Secret block %r", name)
         return None

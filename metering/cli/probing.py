@@ -25,9 +25,6 @@ __all__ = ["probe"]
 
 MIN_EVERY_S = 5
 MAX_EVERY_S = 86_400
-NOTHING = (
-    "nothing to probe: name credentials in credentials.toml, or set a provider's own variable, such as OPENAI_API_KEY"
-)
 
 
 def probe(
@@ -35,27 +32,35 @@ def probe(
         list[str] | None, typer.Argument(metavar="CREDENTIAL", help="Only these; all that are configured unless said.")
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Ask even where what was said is less than a minute old.")
+        bool,
+        typer.Option(
+            "--force",
+            help="With METERING_QUOTA_URL, through which processes share what they find for a minute: ask all the same."
+            " Without it, each run asks.",
+        ),
     ] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Ask again and again, until interrupted.")] = False,
     every: Annotated[
         int, typer.Option(min=MIN_EVERY_S, max=MAX_EVERY_S, help="With --watch: seconds between two times.")
     ] = 60,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON for scripts; with --watch a line for each time.")
+        bool, typer.Option("--json", help="Print JSON for scripts; with --watch a line for each credential each time.")
     ] = False,
 ) -> None:
-    """How much of the providers' rate limits is left, by their own word. Exit status 1: one could not be asked.
+    """How much of the providers' rate limits is left, by their own word.
+
+    Exit status 1: one could not be asked. One that answers 429 was asked.
 
     Nothing is kept: the job `probe-providers` does that, and the trend it kept is used here. A call that costs is made
     only where a credential allows it, and there is a ledger to count it in.
     """
+    from metering.providers.credentials import nothing_to_probe
     from metering.settings import Settings
 
     settings = Settings.from_env()
     credentials = _chosen(settings, only or [])
     if not credentials:
-        typer.echo(NOTHING, err=True)
+        typer.echo(nothing_to_probe(settings.credentials), err=True)
         sys.exit(1)
     with _ledger(settings) as ledger:
         asked = _Asked(settings, ledger, credentials)
@@ -69,7 +74,7 @@ def probe(
         show(_documents(statuses, states), as_json)
     else:
         _show(statuses, states)
-    if any(status.error is not None for status in statuses):
+    if any(status.failed for status in statuses):
         sys.exit(1)
 
 
@@ -123,7 +128,8 @@ class _Asked:
     def once(
         self, *, force: bool, told: Callable[[float], None] | None = None
     ) -> tuple[list[ProviderStatus], list[WindowState]]:
-        from metering.providers.forecast import window_states
+        from metering.clock import utc_now
+        from metering.providers.forecast import TREND, since, window_states
         from metering.providers.probing import probe_all_sync
 
         done = 0
@@ -136,7 +142,7 @@ class _Asked:
 
         statuses = probe_all_sync(self._credentials, memory=self._memory, force_refresh=force, on_status=arrived)
         states = window_states(statuses, self._history)
-        self._history |= {(each.credential, each.provider, each.window): list(each.readings) for each in states}
+        self._history = since(utc_now() - TREND, states, self._history)
         return statuses, states
 
 
@@ -156,7 +162,9 @@ def _watch(asked: _Asked, every: int, as_json: bool) -> None:
     from metering.providers.showing import status_rows
 
     console = Console()
-    live = Live(console=console) if console.is_terminal and not as_json else nullcontext()
+    # What has more rows than the screen scrolls, once each time, and no row is left out.
+    live: Any = Live(console=console, auto_refresh=False, vertical_overflow="visible")
+    live = live if console.is_terminal and not as_json else nullcontext()
     with live as shown:
         while True:
             statuses, states = asked.once(force=True)

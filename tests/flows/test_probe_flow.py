@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,11 @@ from prefect.client.orchestration import get_client
 from prefect.events.filters import EventFilter, EventNameFilter
 
 from flows.command import call
-from flows.probe_providers import NO_CREDENTIALS, probe_providers
+from flows.probe_providers import probe_providers
+from metering.clock import utc_now
+from metering.ledger import Ledger
+from metering.ledger.paid_probes import LedgerPaidProbes
+from metering.providers.credentials import nothing_to_probe
 from tasks.probes import configured_credentials, keep_statuses, probe_credentials
 from tests.metering.providers.probe_server import KEY, ProbeServer, reply
 from tests.servers import RedisServer, free_port, wait_until
@@ -55,12 +60,12 @@ def test_what_is_found_is_kept_with_its_trend(place: Place, server: ProbeServer,
     configure(server)
     limits(server, PLENTY)
     first = probe_credentials.fn(place.ledger_url, clock)
-    assert keep_statuses.fn(place.ledger_url, first.statuses) == 1
+    assert keep_statuses.fn(place.ledger_url, first.statuses) == (1, 0)
     assert [state.exhausted_at for state in first.states] == [None]
     limits(server, {**NEARLY, "x-ratelimit-remaining-tokens": "600"})
     now = clock.advance(minutes=30)
     second = probe_credentials.fn(place.ledger_url, clock)
-    assert keep_statuses.fn(place.ledger_url, second.statuses) == 1
+    assert keep_statuses.fn(place.ledger_url, second.statuses) == (1, 0)
     # 300 in half an hour, and 600 are left.
     assert [state.exhausted_at for state in second.states] == [now + timedelta(hours=1)]
     assert rows(place, "SELECT remaining FROM provider_windows ORDER BY seq") == [("900",), ("600",)]
@@ -81,6 +86,20 @@ def test_a_call_that_costs_is_counted_and_its_cost_known(place: Place, server: P
     assert (number, tokens_in, tokens_out, cost) == (1, 9, 1, "0.00000195")
 
 
+def test_what_the_command_paid_for_is_costed_by_the_job(place: Place, server: ProbeServer) -> None:
+    with closing(Ledger(place.ledger_url)) as ledger:
+        payer = LedgerPaidProbes(ledger)
+        asked = {"credential": "prod", "provider": "openai", "base_url": server.url, "at": utc_now()}
+        for model in ("gpt-4o-mini", "no-such-model"):
+            paid = payer.take(**asked, model=model, most=9)
+            assert paid is not None
+            payer.spent(paid, input_tokens=9, output_tokens=1, latency_ms=420)
+    configure(server)
+    limits(server, PLENTY)
+    probe_credentials.fn(place.ledger_url)
+    assert rows(place, "SELECT cost FROM paid_probes ORDER BY number") == [("0.00000195",), (None,)]
+
+
 def test_what_another_process_asked_for_is_not_asked_for_again(
     place: Place, server: ProbeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,7 +109,7 @@ def test_what_another_process_asked_for_is_not_asked_for_again(
         probed = [probe_credentials.fn(place.ledger_url) for _ in range(2)]
     assert server.asked == ["GET /v1/models"]
     kept = [keep_statuses.fn(place.ledger_url, each.statuses) for each in probed]
-    assert kept == [1, 0]
+    assert kept == [(1, 0), (0, 0)]
 
 
 def test_credentials_of_the_environment(server: ProbeServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +126,10 @@ def test_the_flow(
     place: Place, server: ProbeServer, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     assert call(probe_providers) == 0
-    assert json.loads(capsys.readouterr().out) == {"skipped": NO_CREDENTIALS}
+    assert json.loads(capsys.readouterr().out) == {"skipped": nothing_to_probe(None)}
+    Path("credentials.toml").write_text("")
+    assert call(probe_providers) == 0
+    assert json.loads(capsys.readouterr().out) == {"skipped": nothing_to_probe(Path("credentials.toml"))}
     Secret(value=KEY).save("prod-key")
     down = f'[credentials.down]\nprovider = "ollama"\nbase_url = "http://127.0.0.1:{free_port()}"'
     block = f'[credentials.block]\nprovider = "anthropic"\nkey_block = "prod-key"\nbase_url = "{server.url}"'
@@ -118,12 +140,12 @@ def test_the_flow(
         assert call(probe_providers) == 0
         said = json.loads(capsys.readouterr().out)
     page = Path(said.pop("page"))
-    assert said == {"credentials": 4, "failed": 2, "windows": 5, "paid_probes": 0}
+    assert said == {"credentials": 4, "failed": 2, "windows": 5, "paid_probes": 0, "not_kept": 0}
     assert page == place.home.absolute() / "out" / "providers.html"
     html = page.read_text()
     assert "96.0%" in html
     assert "<polyline" in html
-    assert "no key is configured for &#39;missing&#39;" in html
+    assert "no key is configured for &#39;missing&#39; (key_block: there is no Secret block" in html
     assert rows(place, "SELECT count(*), count(DISTINCT credential) FROM provider_probes") == [(12, 4)]
 
     with get_client(sync_client=True) as client:
@@ -148,6 +170,26 @@ def test_the_flow(
     assert call(probe_providers) == 1
     assert capsys.readouterr().err == "error: openai: invalid key: answered 401\n"
     assert rows(place, "SELECT error FROM provider_probes ORDER BY seq DESC LIMIT 1") == [("KeyRefused",)]
+
+    # A 429 is an answer. And where no page can be written, all else is done.
+    server.replies["GET /v1/models"] = reply(b"", NEARLY, status=429)
+    assert call(probe_providers) == 0
+    assert json.loads(capsys.readouterr().out)["failed"] == 0
+    page.unlink()
+    page.parent.rmdir()
+    page.parent.write_text("no folder")
+    limits(server, {**NEARLY, "x-ratelimit-remaining-tokens": "1"})
+    assert call(probe_providers) == 1
+    assert "out/providers.html: cannot be written: " in capsys.readouterr().err
+    with get_client(sync_client=True) as client:
+        tables = [one for one in client.read_artifacts() if one.key == "provider-limits"]
+    [row] = json.loads(str(max(tables, key=lambda one: one.created).data))
+    assert (row["credential"], row["remaining"]) == ("prod", 1)
+    assert rows(place, "SELECT error, count(*) FROM provider_probes WHERE credential = 'prod' GROUP BY error") == [
+        (None, 4),
+        ("KeyRefused", 1),
+        ("ProviderLimited", 1),
+    ]
 
 
 def events(client: Any) -> list[Any]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import pty
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
@@ -109,14 +114,45 @@ def test_what_cannot_be_asked_is_in_the_table_and_in_the_status(tallystick: Any,
     assert shown.status == 1
     assert "openai: invalid key: answered 401" in shown.out
     assert KEY not in shown.out + shown.err
+    server.replies["GET /v1/models"] = reply(b"", TOKENS, status=429)
+    shown = tallystick("probe")
+    assert shown.status == 0
+    assert "openai: answered 429: a rate limit is reached" in shown.out
+
+
+def test_a_key_that_is_not_to_be_had_keeps_no_other_from_being_asked(
+    tallystick: Any, server: ProbeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY} and more")
+    monkeypatch.setenv("OLLAMA_HOST", server.url)
+    shown = tallystick("probe", "--json")
+    assert (shown.status, KEY in shown.out + shown.err) == (1, False)
+    assert [each["error"] and each["error"]["message"] for each in shown.json] == [
+        "openai: no key is configured for 'openai' (OPENAI_API_KEY holds no key: expected ASCII without blanks)",
+        None,
+    ]
+    Path("credentials.toml").write_text('[credentials.prod]\nprovider = "openai"\nkey_block = "prod-key"\n')
+    [status] = tallystick("probe", "--json").json
+    assert (
+        "(key_block: Secret blocks of Prefect are read by the job probe-providers alone)" in status["error"]["message"]
+    )
+
+
+def test_a_file_that_is_not_there_stops_only_those_who_probe(tallystick: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METERING_CREDENTIALS", "nowhere.toml")
+    shown = tallystick("probe")
+    assert (shown.status, shown.err) == (1, "error: nowhere.toml: cannot be read (No such file or directory)\n")
+    assert tallystick("accounts", "list").status == 0
 
 
 def test_what_is_wrong_is_said(tallystick: Any) -> None:
     nothing = tallystick("probe")
     assert (nothing.status, nothing.out) == (1, "")
-    assert nothing.err.startswith("nothing to probe: name credentials in credentials.toml, or set")
+    assert nothing.err.startswith("nothing to probe: there is no credentials.toml, and none of ANTHROPIC_API_KEY, ")
     other = tallystick("probe", "prod")
     assert other.err == "error: CREDENTIAL: got 'prod', expected one of none: no credential is configured\n"
+    Path("credentials.toml").write_text("")
+    assert tallystick("probe").err == "nothing to probe: there is no [credentials.NAME] in credentials.toml\n"
     Path("credentials.toml").write_text("[credentials.prod]\nprovider = 3\n")
     assert tallystick("probe").err == (
         "error: credentials.toml: line 2, credentials.prod.provider: Expected `str`, got `int`\n"
@@ -137,3 +173,27 @@ def test_watching_goes_on_until_it_is_interrupted(ledger_url: str, monkeypatch: 
             assert ran.returncode == 0
         finally:
             ran.kill()
+
+
+def test_watching_leaves_no_row_out_that_the_screen_has_no_room_for(
+    server: ProbeServer, ledger_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("METERING_LEDGER_URL", ledger_url)
+    monkeypatch.setenv("TERM", "xterm")
+    for name in ("COLUMNS", "LINES"):
+        monkeypatch.delenv(name, raising=False)
+    credential = '[credentials.c{}]\nprovider = "ollama"\nbase_url = "{}"\n'
+    Path("credentials.toml").write_text("".join(credential.format(number, server.url) for number in range(100, 140)))
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    command = [sys.executable, "-m", "metering.cli", "probe", "--watch", "--every", "3600"]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs) as ran:
+        os.close(theirs)
+        shown = b""
+        try:
+            while b"c123" not in shown or "\u2514".encode() not in shown:  # the lower left corner
+                shown += os.read(ours, 65_536)
+        finally:
+            ran.kill()
+            os.close(ours)
+    assert [number for number in range(100, 140) if f"c{number}".encode() not in shown] == []

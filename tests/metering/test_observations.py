@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import sqlalchemy as sa
 
-from metering.errors import ProviderLimited
+from metering.errors import ProviderLimited, UnexpectedAnswer
 from metering.ledger import Ledger
-from metering.ledger.observations import readings_since, record_statuses
-from metering.ledger.paid_probes import LedgerPaidProbes
+from metering.ledger.observations import MAX_PROBLEM, Recorded, readings_since, record_statuses
+from metering.ledger.paid_probes import COSTED, LedgerPaidProbes, cost_paid_probes
 from metering.ledger.schema import paid_probes, provider_probes
 from metering.providers import LimitWindow
 from metering.providers.forecast import Reading
@@ -22,6 +22,8 @@ from metering.providers.probes import ProviderStatus
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from metering.providers.paying import PaidProbe
 
 AT = datetime(2026, 3, 12, 23, 58, tzinfo=UTC)
 TOKENS = LimitWindow(
@@ -94,7 +96,7 @@ def test_what_a_probe_said_besides(ledger: Ledger) -> None:
         warnings=("x-ratelimit-reset-tokens: got 'soon', expected a duration",),
     )
     with ledger.write() as connection:
-        assert record_statuses(connection, [said, status(1, reachable=None)]) == 2
+        assert record_statuses(connection, [said, status(1, reachable=None)]) == Recorded(kept=2, refused=0)
     with ledger.read() as connection:
         first, second = (
             row._asdict() for row in connection.execute(sa.select(provider_probes).order_by(provider_probes.c.seq))
@@ -121,6 +123,38 @@ def test_what_a_probe_said_besides(ledger: Ledger) -> None:
     } | {"reachable", "error", "problem", "retry_after_s", "warnings"}
 
 
+def test_what_no_ledger_can_hold_is_refused_alone(ledger: Ledger, caplog: pytest.LogCaptureFixture) -> None:
+    wrong = [
+        status(1, account_key="wrong", sample_latency_ms=10**30, windows={"tokens": TOKENS}),
+        status(2, account_key="wrong", checked_at=AT.replace(tzinfo=None)),
+        status(3, account_key="wrong", models=None),
+    ]
+    with ledger.write() as connection:
+        assert record_statuses(connection, [status(), *wrong[:2], status(5), status()]) == Recorded(kept=2, refused=2)
+    with ledger.read() as connection:
+        assert readings_since(connection, AT) == {}
+        assert connection.execute(sa.select(provider_probes.c.credential)).scalars().all() == ["prod"] * 2
+    ours = [record.getMessage() for record in caplog.records if record.name == "metering"]
+    assert [message.partition(": ")[0] for message in ours] == ["a probe of 'wrong' is not kept"] * 2
+    # What is no status at all is a mistake of ours, and keeps nothing.
+    with pytest.raises(TypeError), ledger.write() as connection:
+        record_statuses(connection, [status(6), wrong[2]])
+
+
+def test_numbers_that_do_not_fit_are_not_kept(ledger: Ledger) -> None:
+    problem = UnexpectedAnswer("openai", "x" * 5_000)
+    odd = LimitWindow(limit=10**40, remaining=Decimal("1e-30"), percent_used=float("inf"), reset_in_ms=10**30)
+    with ledger.write() as connection:
+        said = status(error=problem, retry_after_s=float("inf"), windows={"tokens": odd})
+        assert record_statuses(connection, [said]) == Recorded(kept=1, refused=0)
+    with ledger.read() as connection:
+        assert readings_since(connection, AT) == {
+            ("prod", "openai", "tokens"): [Reading(checked_at=AT, remaining=Decimal(0))]
+        }
+        [row] = connection.execute(sa.select(provider_probes.c.problem, provider_probes.c.retry_after_s))
+    assert (len(row.problem), row.retry_after_s) == (MAX_PROBLEM, None)
+
+
 ASKED = {"credential": "prod", "provider": "openai", "base_url": "https://api.openai.com", "model": "gpt-4o-mini"}
 
 
@@ -145,13 +179,23 @@ def test_a_cap_is_of_a_credential_at_an_address_on_a_day(ledger: Ledger) -> None
 
 
 def test_what_was_spent_is_in_the_ledger(ledger: Ledger) -> None:
-    payer = LedgerPaidProbes(ledger, cost_of=lambda paid, read, written: Decimal(f"0.{paid.number}{read}{written}"))
+    payer = LedgerPaidProbes(ledger)
     first, second, third = (payer.take(**ASKED, at=AT, most=3) for _ in range(3))
     assert first
     assert second
     assert third
     payer.spent(second, input_tokens=9, output_tokens=1, latency_ms=420)
     payer.spent(third, input_tokens=None, output_tokens=None, latency_ms=8_000)
+    costed = []
+
+    def cost_of(paid: PaidProbe, read: int, written: int) -> Decimal | None:
+        costed.append(paid)
+        return Decimal(f"0.{paid.number}{read}{written}") if len(costed) > 1 else None
+
+    later = AT + timedelta(hours=1)
+    assert cost_paid_probes(ledger, later + COSTED, cost_of) == 0
+    assert [cost_paid_probes(ledger, later, cost_of) for _ in range(3)] == [0, 1, 0]
+    assert costed == [second, second]
     columns = ("number", "asked_at", "model", "input_tokens", "output_tokens", "latency_ms", "cost")
     query = sa.select(*(paid_probes.c[name] for name in columns)).order_by(paid_probes.c.number)
     with ledger.read() as connection:

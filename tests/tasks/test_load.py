@@ -150,8 +150,8 @@ def test_every_probe_is_loaded_once_with_its_windows(place: Place) -> None:
     with closing(Ledger(place.ledger_url)) as ledger:
         for each in ([probed(1), probed(2)], [probed(3, error=failed, windows={}), probed(4, windows=credits_left)]):
             with ledger.write() as connection:
-                assert record_statuses(connection, each) == 2
-                assert record_statuses(connection, each) == 0
+                assert record_statuses(connection, each) == (2, 0)
+                assert record_statuses(connection, each) == (0, 0)
     assert [place.load()["provider_windows"] for _ in range(2)] == [6, 0]
     query = (
         "SELECT credential, provider, extract(minute FROM checked_at)::INT, error, name, remaining, percent_used, "

@@ -101,6 +101,6 @@ paid_probes = Table(
 )
 """Calls that were made to learn limits, and cost: written before the call, so `number` never passes the day's cap.
 
-Tokens are NULL where the answer told none or never came; `cost` is USD, NULL where no price is known. `base_url` is
-empty for the provider's own.
+`base_url` is where it was asked. Tokens are NULL where the answer told none or never came; `cost` is USD, NULL until
+the job `probe-providers` has run, and where no price is known.
 """

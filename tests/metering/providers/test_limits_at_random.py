@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import decimal
 from copy import deepcopy
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from json import dumps
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from metering.ledger import Ledger
+from metering.ledger.observations import readings_since, record_statuses
 from metering.providers import LimitWindow, observe, parse_limits
+from metering.providers.forecast import Reading
+from metering.providers.probes import ProviderStatus
 from metering.providers.registry import LIMIT_RULES
 from tests.metering.providers import answers, limit_answers
 
@@ -46,6 +50,11 @@ json = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["error", "type", "code"]), inner),
     max_leaves=6,
 )
+LONG_AGO = {
+    "date": "Mon, 01 Jan 1000 00:00:00 GMT",
+    "anthropic-ratelimit-tokens-limit": "8",
+    "anthropic-ratelimit-tokens-reset": "9000-01-01T00:00:00Z",
+}
 BODIES = [value for name, value in vars(limit_answers).items() if name.isupper()]
 leaves = (
     json | values | st.floats() | st.decimals() | st.integers() | st.dictionaries(st.text(max_size=3), json, max_size=2)
@@ -90,9 +99,16 @@ def hold(name: str, window: LimitWindow, warnings: tuple[str, ...]) -> None:
     if window.limit is not None and window.remaining is not None and window.remaining > window.limit:
         assert any(f"{window.remaining} of a limit of {window.limit}" in warning for warning in warnings)
         assert window.used is None
-    assert window.percent_used is None or window.percent_used >= 0
+    assert window.percent_used is None or 0 <= window.percent_used <= 10**6
     assert (window.reset_at is None) == (window.reset_in_ms is None)
     assert window.reset_at is None or window.reset_at.tzinfo is UTC
+    assert window.reset_in_ms is None or window.reset_in_ms <= timedelta(days=3_661) / timedelta(milliseconds=1)
+    read = Reading.of(datetime(9000, 1, 1, tzinfo=UTC), window)
+    assert (read.reset_at is None) == (window.reset_in_ms is None)
+    for number, kept in ((window.limit, read.limit), (window.remaining, read.remaining)):
+        assert kept == number
+        assert kept is None or (kept < 10**26 and int(kept.as_tuple().exponent) >= -12)
+    assert (read.percent_used is None) == (window.percent_used is None)
 
 
 def hold_all(limits: Limits) -> None:
@@ -124,6 +140,37 @@ def test_what_looks_like_a_body_is_read_or_named(provider: str, now: datetime, b
 @given(st.sampled_from(list(LIMIT_RULES)), st.dictionaries(st.sampled_from(NAMES), values, min_size=4), nows)
 def test_what_looks_like_a_header_is_read_or_named(provider: str, headers: Any, now: datetime) -> None:
     hold_all(parse_limits(provider, headers, now=now))
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.sampled_from(list(LIMIT_RULES)), maps, nows, bodies), min_size=1, max_size=8))
+@example([("openrouter", {}, datetime(2026, 3, 12, tzinfo=UTC), {"data": {"limit": 1e-30, "usage": 999999999999999}})])
+@example([("openrouter", {}, datetime(2026, 3, 12, tzinfo=UTC), {"data": {"limit": 1e-12, "usage": 999999999999999}})])
+@example([("anthropic", LONG_AGO, datetime(2026, 3, 12, tzinfo=UTC), None)])
+def test_whatever_is_said_can_be_kept(ledger_url: str, said: list[tuple[str, Any, datetime, Any]]) -> None:
+    found = [
+        ProviderStatus(
+            provider=provider,
+            account_key=f"c{number}",
+            checked_at=now.astimezone(UTC),
+            windows=parse_limits(provider, headers, now=now, body=body).windows,
+        )
+        for number, (provider, headers, now, body) in enumerate(said)
+    ]
+    ledger = Ledger(ledger_url)
+    try:
+        with ledger.write() as connection:
+            assert record_statuses(connection, found).refused == 0
+            kept = readings_since(connection, datetime(1, 1, 1, tzinfo=UTC))
+            connection.exec_driver_sql("DELETE FROM provider_windows")
+            connection.exec_driver_sql("DELETE FROM provider_probes")
+    finally:
+        ledger.close()
+    assert kept == {
+        (each.account_key, each.provider, name): [Reading.of(each.checked_at, window)]
+        for each in found
+        for name, window in each.windows.items()
+    }
 
 
 @given(st.text(), st.none() | st.integers() | maps)
