@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pty
+import select
 import signal
 import struct
 import subprocess
@@ -24,6 +25,7 @@ from metering.ledger.observations import record_statuses
 from metering.providers import LimitWindow
 from metering.providers.probes import ProviderStatus
 from tests.metering.providers.probe_server import KEY, ProbeServer, reply
+from tests.servers import DEADLINE_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -192,6 +194,7 @@ def test_watching_leaves_no_row_out_that_the_screen_has_no_room_for(
         shown = b""
         try:
             while b"c123" not in shown or "\u2514".encode() not in shown:  # the lower left corner
+                assert select.select([ours], [], [], DEADLINE_S)[0], shown.decode()
                 shown += os.read(ours, 65_536)
         finally:
             ran.kill()
