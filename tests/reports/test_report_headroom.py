@@ -82,7 +82,7 @@ def test_the_page() -> None:
     html = headroom_html(STATUSES, STATES, start=START, end=END)
     words = words_of(html)
     assert "As of 2026-03-12 12:00 UTC. Lines show what was left in percent since 2026-03-11 12:00" in words
-    assert "Credentials 4 Failed probes 2 Windows at 80% or more 2" in words
+    assert "Credentials 4 Failed probes 1 Windows at 80% or more 2" in words
     assert "prod openai, 2 models" in words
     assert "tokens 1,000 100 90.0% 20h 0m 3h 0m" in words
     assert "anthropic: invalid key: answered 401" in words
