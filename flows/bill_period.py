@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from prefect import flow
@@ -51,6 +52,7 @@ def bill_period(
             actor=stated("actor", actor or user(), MAX_NAME),
             override=override,
         )
+        print(closed, file=sys.stderr)
         refused = closed.refused
     problems = write_invoices(places.ledger_url, places.warehouse, places.out, month)
     problems = list(dict.fromkeys((*refused, *problems)))

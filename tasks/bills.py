@@ -20,7 +20,7 @@ from reports.invoice import invoice_csv, invoice_html
 from reports.summary import AccountRow, ModelRow, PeriodSummary, UsageDay, summary_html
 from tasks.costs import knows_price, price_version
 from tasks.out import period_folder, write_file
-from tasks.periods import late_inputs, loaded, open_inputs, plans_of, rows
+from tasks.periods import late_inputs, loaded, open_inputs, plans_of, priceable, rows
 from tasks.warehouse import check_recost, newest_recost, open_for_reading, sql
 
 if TYPE_CHECKING:
@@ -141,8 +141,10 @@ def build_bills(
     plans = plans_of(connection)
     for inputs in open_inputs(connection, known, period, utc_now()):
         account = inputs.account
+        fine, waiting = priceable(late.get(account, ()), plans)
+        problems += waiting
         try:
-            invoices += composed(inputs, late.get(account, ()), plans, billed_of(connection, account))
+            invoices += composed(inputs, fine, plans, billed_of(connection, account))
         except MeteringError as exc:
             problems.append((account, str(cause_of(exc, plans, inputs.usage))))
     return Bills(invoices=tuple(invoices), problems=tuple(problems))

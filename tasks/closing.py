@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from prefect import task
 
-from metering.errors import MeteringError
+from metering.errors import MeteringError, PeriodClosed
 from metering.ledger import Ledger
 from metering.ledger.closing import Act, close_period, document, frozen_of, issue_credit_note, void
 from metering.settings import Settings
 from reports.invoice import invoice_csv, invoice_html
 from tasks.bills import cause_of, check_costs, newest_recost_of
 from tasks.errors import WarehouseError
-from tasks.periods import late_inputs, loaded, open_inputs, plans_of
+from tasks.periods import late_inputs, loaded, open_inputs, plans_of, priceable
 from tasks.readiness import obstacles
 from tasks.warehouse import open_for_reading
 
@@ -41,7 +41,12 @@ class Closed:
     not_over: int
     """How many have a period that has not ended yet."""
     refused: tuple[tuple[str, str], ...]
-    """(account, why): these stay open."""
+    """(account, why): these stay open, or something that came late for them waits."""
+
+    def __str__(self) -> str:
+        """In one line."""
+        issued = "no document" if not self.numbers else f"{self.numbers[0]} to {self.numbers[-1]}"
+        return f"closed {self.accounts:,} accounts, {issued}; {self.not_over:,} have a period that is not over"
 
 
 def act_of(settings: Settings, actor: str, at: datetime) -> Act:
@@ -77,11 +82,15 @@ def close_accounts(
                 refused.append((each.account, reasons))
                 continue
             why = f"{override} ({reasons})" if reasons else None
+            fine, waiting = priceable(late.get(each.account, ()), plans)
+            refused += waiting
             try:
                 with ledger.write() as writing:
                     _check_still(costs, writing)
-                    numbers += close_period(writing, each, late.get(each.account, ()), act, override=why)
+                    numbers += close_period(writing, each, fine, act, override=why)
                 accounts += 1
+            except PeriodClosed:
+                continue  # by another run, meanwhile
             except MeteringError as exc:
                 refused.append((each.account, str(cause_of(exc, plans, each.usage))))
     return Closed(numbers=tuple(numbers), accounts=accounts, not_over=len(inputs) - len(over), refused=tuple(refused))

@@ -9,17 +9,18 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from metering.accounts import list_accounts
-from metering.billing.closing import PeriodInputs
+from metering.billing.closing import PeriodInputs, adjustments
 from metering.billing.invoices import UsageSum
+from metering.errors import MeteringError
 from metering.events import TOKEN_FIELDS
 from metering.ledger import plan_versions
-from metering.ledger.closing import frozen_of, voided_periods
+from metering.ledger.closing import frozen_of, taken_back
 from metering.windows import period_of_month
 from tasks.errors import WarehouseError
 from tasks.warehouse import sql
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from datetime import datetime
 
     import duckdb
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from metering.plans import Plan
 
-__all__ = ["INSTANT", "Loaded", "late_inputs", "late_of", "loaded", "open_inputs", "plans_of", "rows"]
+__all__ = ["INSTANT", "Loaded", "late_inputs", "late_of", "loaded", "open_inputs", "plans_of", "priceable", "rows"]
 
 INSTANT = timedelta(microseconds=1)
 AMOUNTS = ("requests", "quantity", *TOKEN_FIELDS, "cost", "unpriced_requests")
@@ -42,6 +43,8 @@ class Loaded:
     events: Mapping[str, int] = field(default_factory=dict)
     """How many, billable or not."""
     price_versions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    last_seqs: Mapping[str, int] = field(default_factory=dict)
+    """The highest number of an event."""
     watermark: int = 0
     """How far the ledger was loaded."""
 
@@ -57,6 +60,7 @@ def loaded(connection: duckdb.DuckDBPyConnection, period: str) -> Loaded:
         usage=usage,
         events={row["account"]: row["events"] for row in counted},
         price_versions={row["account"]: tuple(row["price_versions"]) for row in counted},
+        last_seqs={row["account"]: row["last_seq"] for row in counted},
         watermark=0 if watermark is None else watermark[0],
     )
 
@@ -91,6 +95,7 @@ def open_inputs(connection: sa.Connection, known: Loaded, period: str, now: date
                 usage=usage,
                 events=known.events.get(account.account, 0),
                 watermark=known.watermark,
+                last_seq=known.last_seqs.get(account.account, 0),
             )
         )
     return found
@@ -118,9 +123,9 @@ def late_of(
 ) -> dict[str, list[PeriodInputs]]:
     """The same, given how many events of each account and period are known, and what is known of a period.
 
-    With the periods of voided documents as they were frozen: what these billed is due again.
+    With those of which something was taken back, as they were frozen: it may be due again.
     """
-    plans, voided = plans_of(connection), voided_periods(connection)
+    plans, again = plans_of(connection), taken_back(connection)
     late: defaultdict[str, list[PeriodInputs]] = defaultdict(list)
     known = cache(known_of)
     for account, closed in frozen_of(connection).items():
@@ -135,11 +140,26 @@ def late_of(
                         price_versions=known(period).price_versions.get(account, ()),
                         events=events,
                         watermark=known(period).watermark,
+                        last_seq=known(period).last_seqs.get(account, 0),
                     )
                 )
-            elif (account, period) in voided:
+            elif (account, period) in again:
                 late[account].append(inputs)
     return late
+
+
+def priceable(
+    late: Sequence[PeriodInputs], plans: Mapping[int, Plan]
+) -> tuple[list[PeriodInputs], list[tuple[str, str]]]:
+    """Those that can be priced, and (account, why) of the others, which keep no invoice from being made."""
+    fine, problems = [], []
+    for each in late:
+        try:
+            adjustments(each, plans, {})
+            fine.append(each)
+        except MeteringError as exc:
+            problems.append((each.account, f"what came late for {each.period} waits: {exc}"))
+    return fine, problems
 
 
 def plans_of(connection: sa.Connection) -> dict[int, Plan]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 
 from metering.clock import utc_now
+from metering.errors import StoreUnavailable
 from metering.ledger.schema import dead_letters, events, provider_pulls, reconciliations, verdicts
 from metering.spool import Spool
 from tasks.periods import plans_of
@@ -29,9 +30,13 @@ __all__ = ["obstacles"]
 def obstacles(ledger: Ledger, settings: Settings, period: str, inputs: Sequence[PeriodInputs]) -> dict[str, list[str]]:
     """By account, why its period should not be closed now; accounts without a reason are left out.
 
-    `inputs` are of one period, as it was loaded. Raises `StoreUnavailable` where Redis cannot be asked.
+    `inputs` are of one period, as it was loaded.
     """
-    oldest_undrained = _oldest_undrained(ledger, settings)
+    away = oldest_undrained = None
+    try:
+        oldest_undrained = _oldest_undrained(ledger, settings)
+    except StoreUnavailable as exc:
+        away = f"Redis cannot be asked what it has of it: {exc}"
     waiting = Spool(settings.spool).pending()
     with ledger.read() as connection:
         recorded = Counter({row[0]: int(row[1]) for row in connection.execute(_RECORDED, {"period": period})})
@@ -39,7 +44,7 @@ def obstacles(ledger: Ledger, settings: Settings, period: str, inputs: Sequence[
         unreconciled = _Reconciled(connection, period)
         found: dict[str, list[str]] = {}
         for each in inputs:
-            reasons = []
+            reasons = [] if away is None else [away]
             if oldest_undrained is not None and oldest_undrained < each.period_end:
                 reasons.append("Redis has calls of before its end that are not drained: `tallystick drain`")
             if waiting.oldest is not None and waiting.oldest < each.period_end:

@@ -49,6 +49,8 @@ class PeriodInputs:
     """How many were summed, those included that are not billable."""
     watermark: int
     """How far the ledger was loaded: every event at or below it was there."""
+    last_seq: int
+    """The highest number of its events."""
 
     def to_json(self) -> str:
         """Canonical: equal inputs give equal text."""
@@ -94,6 +96,7 @@ class PeriodInputs:
         price_versions: Sequence[str],
         events: int,
         watermark: int,
+        last_seq: int,
     ) -> PeriodInputs:
         """The same period with all usage that is known of it now."""
         return replace(
@@ -103,6 +106,7 @@ class PeriodInputs:
             price_versions=tuple(sorted({*self.price_versions, *price_versions})),
             events=events,
             watermark=watermark,
+            last_seq=last_seq,
         )
 
 
@@ -188,11 +192,11 @@ def credit_note(
 ) -> Invoice:
     """The draft of what gives back at once what was billed too much of an invoice's period, and names the invoice.
 
-    What was billed too little is left for the next invoice. Its items are empty where nothing was billed too much.
+    It has all that the period comes to now less what was billed, so nothing is left for a later one. Its total is 0 or
+    above where nothing was billed too much.
     """
     currency, items = adjustments(inputs, plans, billed)
-    too_much = [item for item in items if item.amount < 0]
-    return replace(_of_items(invoice, too_much, currency), kind="credit_note", names=invoice.number)
+    return replace(_of_items(invoice, items, currency), kind="credit_note", names=invoice.number)
 
 
 def billed_parts(invoice: Invoice) -> list[tuple[str, str, Decimal]]:

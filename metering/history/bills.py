@@ -98,7 +98,7 @@ def bills_of(connection: sa.Connection, account: str, events: Sequence[EventRow]
         except MeteringError as exc:
             problem = str(exc)
         wanted = {item.item_id for item in items}
-        closed, came_late = _closed(connection, account, period, rows, wanted)
+        closed, waits = _closed(connection, account, period, rows, wanted)
         document = closed or _draft(out, account, period, wanted)
         bills.append(
             Bill(
@@ -107,7 +107,7 @@ def bills_of(connection: sa.Connection, account: str, events: Sequence[EventRow]
                 period_end=window.end,
                 items=tuple(items),
                 document=document,
-                says=problem or (LATE if came_late else _says(rows, sums, items, document, out)),
+                says=problem or waits or _says(rows, sums, items, document, out),
             )
         )
     return tuple(bills)
@@ -150,19 +150,22 @@ def _items(connection: sa.Connection, sums: list[UsageSum]) -> Iterator[Item]:
 
 def _closed(
     connection: sa.Connection, account: str, period: str, rows: Sequence[EventRow], wanted: set[str]
-) -> tuple[Document | None, bool]:
-    """The final document that bills a closed period's events, and whether some of these came after it."""
-    if period not in (frozen := frozen_of(connection, account).get(account, {})):
-        return None, False
-    revision, inputs = frozen[period]
-    later = later_events(connection, inputs)
-    for found in reversed(documents_of(connection, account=account)):
-        if found.kind == "invoice" and (period, revision) in found.inputs:
-            invoice = found.invoice
-            return _as_document(invoice, period, found.number, found.number, found.issued_at, wanted), any(
-                row.seq in later for row in rows
-            )
-    return None, any(row.seq in later for row in rows)
+) -> tuple[Document | None, str | None]:
+    """The newest final document that bills a closed period, and what is still to be billed of these events."""
+    frozen = frozen_of(connection, account).get(account, {})
+    if period not in frozen:
+        return None, None
+    later = later_events(connection, frozen[period][1])
+    documents = documents_of(connection, account=account)
+    voided = {each.names for each in documents if each.kind == "void"}
+    for found in reversed(documents):
+        invoice = found.invoice
+        if found.kind == "invoice" and period in (found.period, *(item.period for item in invoice.items)):
+            document = _as_document(invoice, period, found.number, found.number, found.issued_at, wanted)
+            if found.number in voided:
+                return document, f"{found.number} was voided: it is on the account's next invoice"
+            return document, LATE if any(row.seq in later for row in rows) else None
+    return None, LATE if any(row.seq in later for row in rows) else None
 
 
 def _draft(out: Path, account: str, period: str, wanted: set[str]) -> Document | None:

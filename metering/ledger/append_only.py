@@ -10,14 +10,14 @@ if TYPE_CHECKING:
 __all__ = ["append_only"]
 
 
-def append_only(dialect: str, table: str, *key: str) -> Iterator[str]:
-    """The statements that make a table append-only, on SQLite or Postgres. `key` is its primary key."""
+def append_only(dialect: str, table: str, *keys: tuple[str, ...]) -> Iterator[str]:
+    """The statements that make a table append-only, on SQLite or Postgres. `keys` are its unique keys."""
     says = f"{table} is append-only"
     if dialect == "sqlite":
         for verb in ("UPDATE", "DELETE"):
             yield _sqlite_trigger(table, verb, f"SELECT RAISE(ABORT, '{says}')")
-        # INSERT OR REPLACE deletes without a delete trigger (sqlite.org/lang_conflict.html).
-        same = " AND ".join(f"{name} = NEW.{name}" for name in key)
+        # An INSERT that replaces deletes without a delete trigger (sqlite.org/lang_conflict.html).
+        same = " OR ".join(f"({' AND '.join(f'{name} = NEW.{name}' for name in key)})" for key in keys)
         found = f"(SELECT 1 FROM {table} WHERE {same})"  # noqa: S608  names from migrations
         yield _sqlite_trigger(table, "INSERT", f"SELECT RAISE(ABORT, '{says}') WHERE EXISTS {found}")
         return

@@ -6,22 +6,31 @@ import hashlib
 import re
 from collections import defaultdict
 from dataclasses import dataclass
+from datetime import datetime
 from decimal import Decimal, localcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import sqlalchemy as sa
 
-from metering.billing.closing import PeriodInputs, billed_parts, composed, credit_note, numbered, voided
+from metering.billing.closing import (
+    PeriodInputs,
+    adjustments,
+    billed_parts,
+    composed,
+    credit_note,
+    numbered,
+    voided,
+)
 from metering.billing.invoices import Invoice
 from metering.billing.money import EXACT
 from metering.errors import Conflict, InvalidSetting, InvoiceConflict, PeriodClosed, UnknownInvoice
 from metering.ledger import admin_log, chains, plan_versions
 from metering.ledger.schema import closes, events, frozen_inputs, invoice_items, invoices, issuers
+from metering.ledger.types import decimal_text, instant_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
-    from datetime import datetime
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from metering.plans import Plan
 
@@ -40,13 +49,18 @@ __all__ = [
     "issue_credit_note",
     "later_events",
     "recomputed",
+    "taken_back",
     "void",
-    "voided_periods",
 ]
 
-CHAIN = "closes"
+CLOSES, DOCUMENTS = "closes", "invoices"
+"""The names of the two chains."""
 ISSUER = re.compile(r"[A-Z0-9][A-Z0-9-]{0,30}", re.ASCII)
 _NUMBER = re.compile(r"(?P<issuer>.+)-(?P<number>\d{6,9})", re.ASCII)
+
+
+_MadeOf = list[tuple[str, int]]
+_T = TypeVar("_T")
 
 
 class _Content(msgspec.Struct, kw_only=True):
@@ -135,10 +149,10 @@ def billed_of(connection: sa.Connection, account: str, *, before: int | None = N
     return billed
 
 
-def voided_periods(connection: sa.Connection) -> set[tuple[str, str]]:
-    """(account, period) of all that a void took something back of."""
+def taken_back(connection: sa.Connection) -> set[tuple[str, str]]:
+    """(account, period) of all that a void or a credit note says something of."""
     items = sa.select(invoice_items.c.account, invoice_items.c.period).distinct()
-    query = items.join_from(invoice_items, invoices).where(invoices.c.kind == "void")
+    query = items.join_from(invoice_items, invoices).where(invoices.c.kind != "invoice")
     return {(row.account, row.period) for row in connection.execute(query)}
 
 
@@ -158,9 +172,12 @@ def close_period(
     is_closed = sa.select(closes.c.close).where(closes.c.account == inputs.account, closes.c.period == inputs.period)
     if connection.execute(is_closed).first() is not None:
         raise PeriodClosed(inputs.account, inputs.period)
-    drafts = composed(inputs, late, _plans(connection), billed_of(connection, inputs.account))
-    revisions = [_freeze(connection, each, act.at) for each in (inputs, *late)]
-    numbers = [_issue(connection, draft, act, inputs=revisions) for draft in drafts]
+    plans, billed = _plans(connection), billed_of(connection, inputs.account)
+    adjusted = [each for each in late if adjustments(each, plans, billed.get(each.period, {}))[1]]
+    drafts = composed(inputs, adjusted, plans, billed)
+    frozen = {each.period: _freeze(connection, each, act.at) for each in (inputs, *late)}
+    made_of = [frozen[each.period] for each in (inputs, *adjusted)]
+    numbers = [_issue(connection, draft, act, inputs=made_of) for draft in drafts]
     content = _Content(
         account=inputs.account,
         period=inputs.period,
@@ -168,23 +185,16 @@ def close_period(
         inputs={each.period: each.digest for each in (inputs, *late)},
         documents={number: document(connection, number).document_digest for number in numbers},
     )
-    text = msgspec.json.encode(content, order="sorted").decode()
-    head = chains.locked_head(connection, CHAIN)
-    digest = chains.digest_of(head.digest, [text.encode()])
-    connection.execute(
-        closes.insert().values(
-            account=inputs.account,
-            period=inputs.period,
-            period_end=inputs.period_end,
-            closed_at=act.at,
-            actor=act.actor,
-            override=override,
-            content=text,
-            previous=head.digest,
-            digest=digest,
-        )
-    )
-    chains.move_head(connection, CHAIN, chains.Head(length=head.length + 1, digest=digest))
+    row = {
+        "account": inputs.account,
+        "period": inputs.period,
+        "period_end": inputs.period_end,
+        "closed_at": act.at,
+        "actor": act.actor,
+        "override": override,
+        "content": msgspec.json.encode(content, order="sorted").decode(),
+    }
+    connection.execute(closes.insert().values(**row, **_link(connection, CLOSES, _said(row))))
     said: dict[str, Any] = {} if override is None else {"override": override}
     admin_log.note(
         connection,
@@ -217,8 +227,11 @@ def issue_credit_note(connection: sa.Connection, number: str, inputs: PeriodInpu
     """
     found = _invoice_to_name(connection, number)
     billed = billed_of(connection, found.account).get(found.period, {})
-    draft = credit_note(found.invoice, inputs, _plans(connection), billed)
-    if not draft.items:
+    invoice = found.invoice
+    draft = credit_note(invoice, inputs, _plans(connection), billed)
+    if draft.currency != invoice.currency:
+        raise InvoiceConflict(number, f"is in {invoice.currency}, and {found.period} is billed in {draft.currency}")
+    if draft.total >= 0:
         raise InvoiceConflict(number, f"nothing was billed too much of {found.period}")
     revision = _freeze(connection, inputs, act.at)
     return _name(connection, found, draft, act, reason, action="invoice.credit", inputs=[revision])
@@ -232,7 +245,8 @@ def document(connection: sa.Connection, number: str) -> FinalDocument:
             invoices.c.issuer == parts["issuer"], invoices.c.number == int(parts["number"])
         )
         for found in _documents(connection, query):
-            return found
+            if found.number == number:  # and not 0000001 for 000001
+                return found
     raise UnknownInvoice(number)
 
 
@@ -250,11 +264,12 @@ def documents_of(
 
 def later_events(connection: sa.Connection, inputs: PeriodInputs) -> set[int]:
     """The numbers of a period's events that were recorded after it was frozen so."""
-    marker: sa.ColumnElement[int] = events.c.seq
+    is_later = events.c.seq > inputs.last_seq
     if connection.dialect.name == "postgresql":
-        marker = sa.literal_column("events.commit_xid", sa.BigInteger)
+        # A lower number may be committed later; but after a restore into another server only the number tells.
+        is_later |= sa.literal_column("events.commit_xid", sa.BigInteger) > inputs.watermark
     query = sa.select(events.c.seq).where(
-        events.c.account == inputs.account, events.c.period == inputs.period, marker > inputs.watermark
+        events.c.account == inputs.account, events.c.period == inputs.period, is_later
     )
     return set(connection.execute(query).scalars())
 
@@ -297,31 +312,99 @@ def frozen_inputs_of(connection: sa.Connection, found: FinalDocument, period: st
 
 
 def chain_faults(connection: sa.Connection) -> list[str]:
-    """What of the closes is not as it was written: a row, its place, or what it froze."""
-    rows = connection.execute(sa.select(closes).order_by(closes.c.close)).all()
-    links = (
-        chains.Link(number=row.close, previous=row.previous, digest=row.digest, content=(row.content.encode(),))
-        for row in rows
-    )
+    """What of closes and final documents is not as it was written: a row, its place, its items, or what was frozen."""
+    closed = _rows(connection, sa.select(closes).order_by(closes.c.close))
+    issued = _rows(connection, sa.select(invoices).order_by(invoices.c.seq))
+    items: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
+    for item in _rows(connection, sa.select(invoice_items).order_by(*invoice_items.primary_key)):
+        items[item["seq"]].append(item)
     found = [
-        f"close {fault.entry}: {fault.problem}" if fault.entry is not None else f"closes: {fault.problem}"
-        for fault in chains.faults(links, chains.head_of(connection, CHAIN))
+        *_chain_faults(connection, CLOSES, "close", [(row["close"], row, _said(row)) for row in closed]),
+        *_chain_faults(
+            connection, DOCUMENTS, "document", [(row["seq"], row, _said(row, items[row["seq"]])) for row in issued]
+        ),
+        *_number_faults(connection, issued),
     ]
-    for row in rows:
-        found += [
-            f"close {row.close} ({row.account!r}, {row.period}): {each}" for each in _close_faults(connection, row)
-        ]
+    for row in closed:
+        named = f"close {row['close']} ({row['account']!r}, {row['period']})"
+        found += [f"{named}: {each}" for each in _close_faults(connection, row)]
+    made_of = {(row["account"], *each) for row in issued for each in _read(row["inputs"], _MadeOf) or ()}
+    frozen = {
+        (row["account"], *each)
+        for row in closed
+        if (content := _read(row["content"], _Content)) is not None
+        for each in content.inputs.items()
+    }
+    for row in _rows(connection, sa.select(frozen_inputs)):
+        key = (row["account"], row["period"])
+        if (*key, row["revision"]) not in made_of and (*key, row["digest"]) not in frozen:
+            found.append(f"what was frozen of {key[0]!r} in {key[1]} (revision {row['revision']}): nothing froze it")
     return found
 
 
-def _close_faults(connection: sa.Connection, row: sa.Row[Any]) -> Iterator[str]:
-    """Where a close and what it froze do not fit together."""
+def _rows(connection: sa.Connection, query: sa.Select[Any]) -> list[dict[str, Any]]:
+    return [dict(row) for row in connection.execute(query).mappings()]
+
+
+def _read(text: str, shape: type[_T]) -> _T | None:
     try:
-        content = msgspec.json.decode(row.content, type=_Content)
+        return msgspec.json.decode(text, type=shape)
     except msgspec.DecodeError:
+        return None
+
+
+def _chain_faults(
+    connection: sa.Connection, chain: str, what: str, rows: Sequence[tuple[int, Mapping[str, Any], tuple[bytes, ...]]]
+) -> Iterator[str]:
+    links = (
+        chains.Link(number=number, previous=row["previous"], digest=row["digest"], content=content)
+        for number, row, content in rows
+    )
+    for fault in chains.faults(links, chains.head_of(connection, chain)):
+        yield f"{what} {fault.entry}: {fault.problem}" if fault.entry is not None else f"{what}s: {fault.problem}"
+
+
+def _number_faults(connection: sa.Connection, issued: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Where numbers are not 1, 2, 3 and so on, as far as their issuer has given any."""
+    given: defaultdict[str, list[int]] = defaultdict(list)
+    for row in issued:
+        given[row["issuer"]].append(row["number"])
+    for issuer, last in connection.execute(sa.select(issuers.c.issuer, issuers.c.last_number)):
+        if sorted(given.pop(issuer, [])) != list(range(1, last + 1)):
+            yield f"issuer {issuer}: its documents are not those numbered 1 to {last}"
+    for issuer in given:
+        yield f"issuer {issuer}: is not known, and has documents"
+
+
+def _said(row: Mapping[str, Any], items: Sequence[Mapping[str, Any]] = ()) -> tuple[bytes, ...]:
+    """All that a row and its items say, as a chain has it."""
+    left_out = ("close", "seq", "previous", "digest")
+    said = {name: _plain(value) for name, value in row.items() if name not in left_out}
+    listed = [[_plain(item[name]) for name in ("position", "account", "period", "item_id", "amount")] for item in items]
+    return (msgspec.json.encode([said, listed], order="sorted"),)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return instant_text(value)
+    return decimal_text(value) if isinstance(value, Decimal) else value
+
+
+def _link(connection: sa.Connection, chain: str, content: tuple[bytes, ...]) -> dict[str, str]:
+    """The columns that chain a row with this content to the last one, whose place it takes."""
+    head = chains.locked_head(connection, chain)
+    digest = chains.digest_of(head.digest, content)
+    chains.move_head(connection, chain, chains.Head(length=head.length + 1, digest=digest))
+    return {"previous": head.digest, "digest": digest}
+
+
+def _close_faults(connection: sa.Connection, row: Mapping[str, Any]) -> Iterator[str]:
+    """Where a close and what it froze do not fit together."""
+    content = _read(row["content"], _Content)
+    if content is None:
         yield "cannot be read"
         return
-    if (content.account, content.period, content.override) != (row.account, row.period, row.override):
+    if (content.account, content.period, content.override) != (row["account"], row["period"], row["override"]):
         yield "is not of the account, the period or the override that was written"
     for period, digest in content.inputs.items():
         query = sa.select(frozen_inputs.c.inputs).where(
@@ -410,40 +493,34 @@ def _issue(
     final = numbered(draft, _number(act.issuer, serial), act.at)
     content = final.to_json()
     csv, html = act.files_of(final)
-    written = connection.execute(
-        invoices.insert().values(
-            issuer=act.issuer,
-            number=serial,
-            kind=final.kind,
-            names=final.names,
-            account=final.account,
-            period=final.period,
-            currency=final.currency,
-            total=final.total,
-            issued_at=act.at,
-            actor=act.actor,
-            reason=reason,
-            inputs=msgspec.json.encode(inputs).decode(),
-            document=content.decode(),
-            document_digest=hashlib.sha256(content).hexdigest(),
-            csv_digest=hashlib.sha256(csv).hexdigest(),
-            html_digest=hashlib.sha256(html).hexdigest(),
-        )
-    )
-    assert written.inserted_primary_key is not None
-    rows = [
-        {
-            "seq": written.inserted_primary_key[0],
-            "position": position,
-            "account": final.account,
-            "period": period,
-            "item_id": item_id,
-            "amount": amount,
-        }
+    items = [
+        {"position": position, "account": final.account, "period": period, "item_id": item_id, "amount": amount}
         for position, (period, item_id, amount) in enumerate(billed_parts(final))
     ]
-    if rows:
-        connection.execute(invoice_items.insert(), rows)
+    row = {
+        "issuer": act.issuer,
+        "number": serial,
+        "kind": final.kind,
+        "names": final.names,
+        "account": final.account,
+        "period": final.period,
+        "currency": final.currency,
+        "total": final.total,
+        "issued_at": act.at,
+        "actor": act.actor,
+        "reason": reason,
+        "inputs": msgspec.json.encode(inputs).decode(),
+        "document": content.decode(),
+        "document_digest": hashlib.sha256(content).hexdigest(),
+        "csv_digest": hashlib.sha256(csv).hexdigest(),
+        "html_digest": hashlib.sha256(html).hexdigest(),
+    }
+    linked = _link(connection, DOCUMENTS, _said(row, items))
+    written = connection.execute(invoices.insert().values(**row, **linked))
+    assert written.inserted_primary_key is not None
+    if items:
+        seq = written.inserted_primary_key[0]
+        connection.execute(invoice_items.insert(), [{"seq": seq, **item} for item in items])
     assert final.number is not None
     return final.number
 

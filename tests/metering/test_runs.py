@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from metering import AsyncMeter, InvalidEvent, Meter, TokenUsage
 from metering.calls import Calls
 from metering.clock import utc_now
+from metering.redaction import SECRETS
 from metering.signals import (
     Operation,
     Run,
@@ -418,7 +419,7 @@ def test_a_record_that_is_awaited_is_missed_in_a_plain_with(
 @given(st.none() | st.text() | st.integers() | st.just(Hostile()) | st.sampled_from(["", "x" * 256, "\x00", "\ud800"]))
 def test_ids_of_any_kind_let_nobody_escape_a_bill(odd: object) -> None:
     events: list[Any] = []
-    calls = Calls(str, clock=utc_now, hold_ttl_s=1)
+    calls = Calls(str, clock=utc_now, hold_ttl_s=1, redact=SECRETS)
 
     def record(**said: Any) -> None:
         events.append(calls.signal(**said))  # what `Meter.record` makes of it, and might refuse

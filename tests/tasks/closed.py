@@ -62,6 +62,7 @@ def close(place: Place, account: str, *, period: str = PERIOD, after_days: float
             usage=(),
             events=count,
             watermark=0,
+            last_seq=0,
         )
         connection.execute(
             frozen_inputs.insert().values(

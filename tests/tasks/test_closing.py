@@ -198,6 +198,79 @@ def test_a_credit_note_gives_back_at_once_what_was_billed_too_much(metered: Plac
     assert not [each for each in items(finals(metered, "2023-12")[0]) if each[0].startswith("2023-11/")]
 
 
+def test_a_credit_note_leaves_nothing_behind(metered: Place) -> None:
+    """What was billed too little of other items is on it too, so that the period is billed in full."""
+    wrong = used(3_000_000)
+    metered.add(wrong, used(100_000))
+    metered.close()
+    with metered.meter() as meter:
+        meter.correct(wrong.event_id, usage=TokenUsage(), reason="never happened")
+    metered.aggregate()
+    credit_invoice(metered.ledger_url, metered.warehouse, "INV-000001", DECEMBER, actor="finance", reason="x")
+    assert items(finals(metered)[1]) == [("2023-11/v1/rates/0", "-3.00"), ("2023-11/minimum", "1.00")]
+    metered.add(used(1_000_000))
+    metered.close("2023-12")
+    late = [each for each in items(finals(metered, "2023-12")[0]) if each[0].startswith("2023-11/")]
+    assert late == [("2023-11/v1/rates/0", "1.00"), ("2023-11/minimum", "-1.00")]
+
+
+def test_what_is_owed_of_a_period_is_not_credited(metered: Place) -> None:
+    """Too much of one item, but too little in all: it waits for the next invoice, as a whole."""
+    wrong = used(2_000_000, account="acme")
+    metered.add(wrong)
+    metered.close()
+    with metered.meter() as meter:
+        meter.correct(wrong.event_id, usage=TokenUsage(), reason="never happened")
+    metered.add(used(9_000_000))
+    metered.aggregate()
+    with pytest.raises(InvoiceConflict, match="nothing was billed too much of 2023-11"):
+        credit_invoice(metered.ledger_url, metered.warehouse, "INV-000001", DECEMBER, actor="finance", reason="x")
+    metered.close("2023-12")
+    assert [each for each in items(finals(metered, "2023-12")[0]) if each[0].startswith("2023-11/")] == [
+        ("2023-11/v1/rates/0", "7.00")
+    ]
+
+
+@pytest.mark.parametrize("number", ["INV-0000001", "INV-00000001", "INV-1", "inv-000001", "INV-000001 "])
+def test_a_number_has_one_spelling(metered: Place, number: str) -> None:
+    metered.close()
+    with pytest.raises(UnknownInvoice):
+        void_invoice(metered.ledger_url, number, DECEMBER, actor="finance", reason="x")
+
+
+def test_what_came_late_and_cannot_be_priced_waits_by_itself(place: Place) -> None:
+    place.plans(
+        PLAN + '[plans.resale]\nretention_days = 1\nrates = [{ line = "*", type = "cost_plus", markup_percent = 20 }]'
+    )
+    place.account("acme", "resale")
+    place.close()
+    place.add(used(5, model="mystery"), used(5, at=DECEMBER))
+    closed = place.close("2023-12")
+    assert closed.accounts == 1
+    [(account, why)] = closed.refused
+    assert (account, why.partition(":")[0]) == ("acme", "what came late for 2023-11 waits")
+    assert "which is not known for 1 of the requests" in why
+    assert [problem[0] for problem in place.invoice("2024-01")] == ["acme"]
+
+
+def test_a_credit_note_is_in_the_currency_of_its_invoice(place: Place) -> None:
+    place.plans(PLAN + PLAN.replace("metered", "euros").replace("retention_days", 'currency = "EUR"\nretention_days'))
+    place.account("acme", "metered")
+    place.close()
+    with Meter(place.ledger_url, clock=lambda: datetime(2023, 12, 1, tzinfo=UTC)) as meter:
+        meter.accounts.change_plan("acme", plan="euros")
+    wrong = used(3_000_000, at=DECEMBER)
+    place.add(wrong, used(9_000_000))
+    place.close("2023-12")
+    with place.meter() as meter:
+        meter.correct(wrong.event_id, usage=TokenUsage(), reason="never happened")
+    place.aggregate()
+    assert [each.currency for each in finals(place, "2023-12")] == ["EUR", "USD"]
+    with pytest.raises(InvoiceConflict, match="INV-000003: is in USD, and 2023-12 is billed in EUR"):
+        credit_invoice(place.ledger_url, place.warehouse, "INV-000003", DECEMBER, actor="finance", reason="x")
+    credit_invoice(place.ledger_url, place.warehouse, "INV-000002", DECEMBER, actor="finance", reason="x")
+
+
 def test_another_currency_is_a_document_of_its_own(place: Place) -> None:
     place.plans(PLAN + PLAN.replace("metered", "euros").replace("retention_days", 'currency = "EUR"\nretention_days'))
     place.account("acme", "metered")

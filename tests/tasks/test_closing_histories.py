@@ -213,6 +213,7 @@ class Histories(RuleBasedStateMachine):
             price_versions=(),
             events=0,
             watermark=0,
+            last_seq=0,
         )
         return sum((each.total for each in composed(whole, (), plans, {})), Decimal(0))
 

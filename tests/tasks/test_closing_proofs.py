@@ -125,6 +125,43 @@ def test_the_chain_of_closes_names_what_is_not_as_it_was(closed: Place, statemen
     assert any(problem in each for each in close_differences(closed.ledger_url))
 
 
+FORGED = [
+    "UPDATE invoices SET total = '1' WHERE number = 2",
+    "UPDATE invoices SET actor = 'nobody' WHERE number = 1",
+    "UPDATE invoices SET kind = 'void' WHERE number = 1",
+    "UPDATE invoices SET html_digest = csv_digest WHERE number = 2",
+    "DELETE FROM invoice_items WHERE seq = (SELECT max(seq) FROM invoices); "
+    "DELETE FROM invoices WHERE seq = (SELECT max(seq) FROM invoices)",
+    "UPDATE invoice_items SET amount = '0' WHERE seq = (SELECT max(seq) FROM invoices) AND position = 0",
+    "INSERT INTO invoice_items SELECT seq, 99, account, period, item_id, '-5' FROM invoice_items WHERE position = 0",
+    "INSERT INTO frozen_inputs SELECT account, period, 9, frozen_at, 'x', inputs FROM frozen_inputs WHERE revision = 0",
+    "UPDATE issuers SET last_number = 9",
+    "UPDATE closes SET actor = 'nobody' WHERE close = 1",
+    "UPDATE closes SET override = 'why' WHERE close = 2",
+]
+
+
+@pytest.mark.parametrize("statements", FORGED)
+def test_no_forgery_is_overlooked(closed: Place, statements: str) -> None:
+    void_invoice(closed.ledger_url, "INV-000001", DECEMBER, actor="finance", reason="x")
+    assert close_differences(closed.ledger_url) == []
+    for statement in statements.split("; "):
+        closed.forge(statement)
+    assert close_differences(closed.ledger_url) != []
+
+
+def test_a_final_row_is_replaced_by_no_other(closed: Place) -> None:
+    for statement in (
+        "INSERT OR REPLACE INTO invoices SELECT 77, issuer, number, kind, names, account, period, currency, '1', "
+        "issued_at, actor, reason, inputs, document, document_digest, csv_digest, html_digest, previous, digest "
+        "FROM invoices LIMIT 1",
+        "INSERT OR REPLACE INTO closes SELECT 77, account, period, period_end, closed_at, 'me', override, content, "
+        "previous, digest FROM closes LIMIT 1",
+    ):
+        with pytest.raises(Exception, match="is append-only"):
+            closed.change(statement)
+
+
 def test_the_ledger_refuses_to_change_what_is_final(closed: Place) -> None:
     for table in ("closes", "frozen_inputs", "invoices", "invoice_items"):
         for statement in (f"DELETE FROM {table}", f"UPDATE {table} SET account = 'other'"):
@@ -223,3 +260,10 @@ def test_a_fact_is_traced_to_its_final_document(closed: Place) -> None:
     assert billed("one")[1][0] == "2023-11/v1/rates/1: 1500000 for 0.50 USD"
     assert billed("late")[0] == "in INV-000002 (final)"
     assert billed("latest")[0] == "it came after its period was closed: it is on the account's next invoice"
+    # A later invoice without anything of that period changes nothing.
+    closed.close("2024-01")
+    assert billed("one")[0] == "in INV-000002 (final)"
+    void_invoice(closed.ledger_url, "INV-000002", DECEMBER, actor="finance", reason="x")
+    assert billed("one")[0] == "INV-000002 was voided: it is on the account's next invoice"
+    closed.close("2024-02")
+    assert billed("one")[0].startswith("in INV-000005 (final)")

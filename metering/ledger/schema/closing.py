@@ -77,12 +77,15 @@ invoices = Table(
     Column("document_digest", DIGEST, nullable=False),
     Column("csv_digest", DIGEST, nullable=False),
     Column("html_digest", DIGEST, nullable=False),
+    Column("previous", DIGEST, nullable=False),
+    Column("digest", DIGEST, nullable=False),
     UniqueConstraint("issuer", "number"),
 )
 """Final documents. Append only: one that was wrong is named by a new one.
 
 `kind` is `invoice`, `void` or `credit_note`; `names` the number of the document that the latter two are about; `inputs`
-the `frozen_inputs` it was made of, as a JSON list of period and revision; `document` the canonical JSON.
+the `frozen_inputs` it was made of, as a JSON list of period and revision; `document` the canonical JSON. Each row, with
+its items, is chained to the one before.
 """
 
 invoice_items = Table(

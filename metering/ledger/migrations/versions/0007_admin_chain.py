@@ -42,5 +42,5 @@ def upgrade() -> None:
     with op.batch_alter_table("admin_log") as batch:
         for name in added:
             batch.alter_column(name, existing_type=sa.String(length=64), nullable=False)
-    for statement in append_only(connection.dialect.name, "admin_log", "entry"):
+    for statement in append_only(connection.dialect.name, "admin_log", ("entry",)):
         connection.exec_driver_sql(statement)

@@ -67,6 +67,8 @@ def upgrade() -> None:
         sa.Column("document_digest", sa.String(length=64), nullable=False),
         sa.Column("csv_digest", sa.String(length=64), nullable=False),
         sa.Column("html_digest", sa.String(length=64), nullable=False),
+        sa.Column("previous", sa.String(length=64), nullable=False),
+        sa.Column("digest", sa.String(length=64), nullable=False),
         sa.ForeignKeyConstraint(["issuer"], ["issuers.issuer"], name=op.f("fk_invoices_issuer")),
         sa.PrimaryKeyConstraint("seq", name=op.f("pk_invoices")),
         sa.UniqueConstraint("issuer", "number", name=op.f("uq_invoices_issuer_number")),
@@ -85,11 +87,11 @@ def upgrade() -> None:
         sqlite_with_rowid=False,
     )
     op.create_index(op.f("ix_invoice_items_account"), "invoice_items", ["account"], unique=False)
-    for table, key in (
-        ("closes", ("close",)),
+    for table, *keys in (
+        ("closes", ("close",), ("account", "period")),
         ("frozen_inputs", ("account", "period", "revision")),
-        ("invoices", ("seq",)),
+        ("invoices", ("seq",), ("issuer", "number")),
         ("invoice_items", ("seq", "position")),
     ):
-        for statement in append_only(op.get_bind().dialect.name, table, *key):
+        for statement in append_only(op.get_bind().dialect.name, table, *keys):
             op.get_bind().exec_driver_sql(statement)
