@@ -325,7 +325,7 @@ def test_what_a_dead_process_could_not_tell_is_told_by_the_next_one(place_at: Ca
     ours, theirs = spawn.Pipe()
     with RedisServer(appendonly=True) as server, place_at(server.url) as place:
         secret = place.open_account(per("month", 100), per("month", 1_000, "input_tokens"))
-        settings = {"ledger_url": place.ledger_url, **place.settings(1.0)}
+        settings = {"ledger_url": place.ledger_url, **place.settings(3.0)}
         process = spawn.Process(target=settle_and_die, args=(settings, secret, theirs), daemon=True)
         process.start()
         assert ours.poll(DEADLINE_S)
