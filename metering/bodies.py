@@ -107,7 +107,7 @@ def _as_json(value: Any, secret: str | None) -> str | None:
     if value is None:
         return None
     try:
-        plain = msgspec.to_builtins(value, builtin_types=(bytes, bytearray, memoryview), enc_hook=repr, str_keys=True)
+        plain = msgspec.to_builtins(value, builtin_types=(bytes, bytearray, memoryview), enc_hook=repr)
         text = msgspec.json.encode(_with_readable_bytes(plain)).decode()
     except Exception:  # noqa: BLE001  whatever an app's own object raises
         text = json.dumps(_shown_by(repr, value))
@@ -119,10 +119,14 @@ def _with_readable_bytes(value: Any) -> Any:
     if isinstance(value, bytes | bytearray | memoryview):
         return bytes(value).decode("utf-8", "replace")
     if isinstance(value, dict):
-        return {name: _with_readable_bytes(item) for name, item in value.items()}
+        return {_readable_key(name): _with_readable_bytes(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_with_readable_bytes(item) for item in value]
     return value
+
+
+def _readable_key(name: object) -> object:
+    return name.decode("utf-8", "replace") if isinstance(name, bytes) else name
 
 
 def _shown_by(show: Callable[[object], str], value: object) -> str:

@@ -27,6 +27,7 @@ _KEY_ENDS = (
     "password",
     "passwd",
     "passphrase",
+    "pwd",
     "secret",
     "apikey",
     "privatekey",
@@ -36,9 +37,13 @@ _KEY_ENDS = (
     "refreshtoken",
     "authtoken",
     "authorization",
-    "setcookie",
+    "cookie",
 )
-"""How keys of secrets end, in lower case, without `_` and `-` and a plural's s: also `DB_PASSWORD`, `clientSecrets`."""
+"""How keys of secrets end, in lower case, without `_`, `-`, `.` and a plural's s: `DB_PASSWORD`, `clientSecrets`."""
+_ONE_TOKEN = ("idtoken", "sessiontoken", "apitoken")
+"""How others end; in the plural they count what a model read and wrote."""
+_NAMED_VALUES = (("name", "value"), ("key", "value"), ("Name", "Value"), ("Key", "Value"))
+"""How a mapping may say a name and its value, as headers in HAR files do (http://www.softwareishard.com/blog/har-12-spec/)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +54,8 @@ class Redaction:
     """
 
     headers: tuple[str, ...] = ()
-    """Names of headers, in any case: in a mapping whose own key ends in `headers`, and in a list of pairs anywhere."""
+    """Names of headers, in any case: in a mapping whose own key ends in `headers`, and anywhere in a list of pairs and
+    in mappings such as `{"name": "Cookie", "value": "..."}`."""
     paths: tuple[str, ...] = ()
     """Places in a body, such as `$.messages[*].content` or `user.email`: names after dots, `[3]` for an item counted
     from 0, `[*]` for all items of a list, `.*` for all values of a mapping. `$` for the body may be left out. No other
@@ -58,7 +64,8 @@ class Redaction:
     """Regular expressions of `re`: what they match in a text or a key is not kept."""
     secrets: bool = True
     """Whether secrets are told by the names of headers (`Authorization`, `Cookie`, `x-api-key`, ...) and of keys
-    (`password`, `api_key`, `access_token`, ...), and by how they look (`sk-...`, `Bearer ...`, private keys, JWTs)."""
+    (`password`, `api_key`, `access_token`, `token`, ...), and by how they look (`sk-...`, `Bearer ...`, private keys,
+    JWTs, passwords in URLs)."""
     _names: frozenset[str] = field(init=False, repr=False, compare=False)
     _places: tuple[_Steps, ...] = field(init=False, repr=False, compare=False)
     _own: tuple[re.Pattern[str], ...] = field(init=False, repr=False, compare=False)
@@ -109,12 +116,22 @@ class Redaction:
         if isinstance(value, str):
             return self._inside(value) if _may_be_json(value) else hide(value)
         if isinstance(value, dict):
-            return {hide(name): self._under(name, item, hide, in_headers=in_headers) for name, item in value.items()}
+            return self._mapping(value, hide, in_headers=in_headers)
         if isinstance(value, list):
             if _are_pairs(value):
                 return [[hide(name), self._under(name, item, hide, in_headers=True)] for name, item in value]
             return [self._walked(item, hide, in_headers=in_headers) for item in value]
         return value
+
+    def _mapping(self, value: dict[str, Any], hide: Callable[[str], str], *, in_headers: bool) -> dict[str, Any]:
+        kept = {hide(name): self._under(name, item, hide, in_headers=in_headers) for name, item in value.items()}
+        for named, valued in _NAMED_VALUES:
+            name = value.get(named)
+            if isinstance(name, str) and self._hides(name, value.get(valued), in_headers=True):
+                kept[valued] = REDACTED
+        if "logprob" in value and isinstance(value.get("token"), str):  # a token of a model's answer
+            kept["token"] = hide(value["token"])
+        return kept
 
     def _under(self, name: str, value: Any, hide: Callable[[str], str], *, in_headers: bool) -> Any:
         if self._hides(name, value, in_headers=in_headers):
@@ -126,7 +143,10 @@ class Redaction:
             return False
         if in_headers and _folded(name) in self._names:
             return True
-        return self.secrets and _squeezed(name).removesuffix("s").endswith(_KEY_ENDS)
+        if not self.secrets:
+            return False
+        squeezed = _squeezed(name)
+        return squeezed == "token" or squeezed.endswith(_ONE_TOKEN) or squeezed.removesuffix("s").endswith(_KEY_ENDS)
 
 
 def _several(name: str, given: Iterable[str]) -> tuple[str, ...]:
@@ -211,8 +231,11 @@ def _folded(name: str) -> str:
     return name.lower().replace("_", "-")
 
 
+_GLUE = str.maketrans("", "", "_-. ")
+
+
 def _squeezed(name: str) -> str:
-    return name.lower().replace("_", "").replace("-", "").replace(" ", "")
+    return name.lower().translate(_GLUE)
 
 
 def _encoded(value: Any) -> str:

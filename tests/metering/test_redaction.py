@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 HIDDEN = "hunter2canary"
 KEY = "tsk_" + "k" * 43
+OWN_HEADER = Redaction(headers=("X-Session",))
 
 
 def logged(body: Any, redact: Redaction = SECRETS) -> str:
@@ -47,9 +48,9 @@ opaque = st.text("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789
 
 
 def spelled(name: str) -> st.SearchStrategy[str]:
-    """A name as people write it: in any case, with - or _."""
+    """A name as people write it: in any case, with -, _ or a dot."""
     words = name.split(" ")
-    plain = [f"{glue}".join(words) for glue in ("", "-", "_")]
+    plain = [f"{glue}".join(words) for glue in ("", "-", "_", ".")]
     return st.sampled_from([form for text in plain for form in (text, text.upper(), text.title())])
 
 
@@ -65,11 +66,19 @@ KEYS = [
     "private key",
     "aws secret access key",
     "authorization",
+    "token",
+    "id token",
+    "session token",
+    "db pwd",
+    "pwd",
+    "cookie",
 ]
 HEADERS = ["authorization", "proxy authorization", "cookie", "set cookie", "x api key", "api key", "x goog api key"]
 secret_keys = st.sampled_from(KEYS).flatmap(spelled)
 secret_headers = st.sampled_from(HEADERS).flatmap(lambda name: spelled(name).filter(lambda text: " " not in text))
-header_names = secret_headers.filter(lambda name: "-" in name or "_" in name or name.lower() in HEADERS)
+header_names = secret_headers.filter(
+    lambda name: ("-" in name or "_" in name or name.lower() in HEADERS) and "." not in name
+)
 
 
 @st.composite
@@ -77,6 +86,7 @@ def known_shapes(draw: st.DrawFn) -> str:
     """A secret that is told by how it looks; what is after its beginning is drawn."""
     rest = draw(opaque)
     begins = ["sk-", "sk-ant-api03-", "tsk_", "Bearer ", "bearer  ", "ghp_", "github_pat_", "xoxb-", "xoxp-1-"]
+    begins += ["sk_test_", "rk_live_", "gsk_", "xai-", "hf_", "r8_"]
     begin = draw(st.sampled_from([*begins, "eyJ", "-----BEGIN RSA PRIVATE KEY-----\n", "AKIA", "AIza"]))
     match begin:
         case "eyJ":
@@ -96,15 +106,26 @@ def named(draw: st.DrawFn) -> tuple[Any, str]:
     inner = draw(st.sampled_from([HIDDEN, {"deep": HIDDEN}, [HIDDEN, 1]]))
     headers = draw(st.sampled_from(["headers", "request_headers", "ResponseHeaders"]))
     name = draw(st.sampled_from(["password", "api_key", "client-secret", "accessToken", "Authorization"]))
-    form = draw(st.sampled_from(["{0}={1}", '"{0}": "{1}"', "{0}: {1}", "f({0}='{1}')", '\\"{0}\\":\\"{1}\\"']))
+    forms = ["{0}={1}", '"{0}": "{1}"', "{0}: {1}", "f({0}='{1}')", '\\"{0}\\":\\"{1}\\"', "{{b'{0}': b'{1}'}}"]
+    form = draw(st.sampled_from([*forms, "{0}=u'{1}'", '{0} = rb"{1}"', "{{'name': '{0}', 'value': '{1}'}}"]))
+    in_url = draw(
+        st.sampled_from(["postgresql://u:{}@h/db", "redis://:{}@h:1", "https://h/?key={}", "/v1?a=b&key={}#c"])
+    )
+    header = draw(header_names)
     found: Any = draw(
         st.sampled_from(
             [
                 {draw(secret_keys): inner},
                 {draw(secret_keys): 7_141_592},
-                {headers: {draw(header_names): inner}},
-                [["host", "x"], (draw(header_names), inner)],
-                [(draw(header_names).encode(), HIDDEN.encode()), (b"host", b"x")],
+                {draw(secret_keys).encode(): inner},
+                {headers: {header: inner}},
+                [["host", "x"], (header, inner)],
+                [(header.encode(), HIDDEN.encode()), (b"host", b"x")],
+                str([(header.encode(), HIDDEN.encode()), (b"host", b"x")]),
+                f"Headers({[('host', 'x'), (header, HIDDEN)]})",
+                {headers: [{"name": "host", "value": "x"}, {"name": header, "value": inner}]},
+                [{"key": header, "value": HIDDEN}],
+                in_url.format(HIDDEN),
                 f"a=b&{form.format(name, HIDDEN)}",
             ]
         )
@@ -120,6 +141,15 @@ def shaped(draw: st.DrawFn) -> tuple[Any, str]:
     return draw(st.sampled_from([shape, f"my key is {shape}, thanks", f"({shape})", {shape: 1}])), hidden
 
 
+def in_texts(body: Any) -> Any:
+    """A body with texts for bytes, which JSON does not have."""
+    if isinstance(body, bytes):
+        return body.decode()
+    if isinstance(body, dict):
+        return {in_texts(name): in_texts(item) for name, item in body.items()}
+    return [in_texts(item) for item in body] if isinstance(body, list | tuple) else body
+
+
 @st.composite
 def bodies(draw: st.DrawFn) -> tuple[Any, str]:
     """A body, and what must not be kept of it."""
@@ -131,9 +161,9 @@ def bodies(draw: st.DrawFn) -> tuple[Any, str]:
             case "key":
                 body = {draw(names): draw(structures), "it": body}
             case "json":
-                body = json.dumps(body, default=bytes.decode)
+                body = json.dumps(in_texts(body))
             case "bytes":
-                body = json.dumps(body, default=bytes.decode, ensure_ascii=False).encode("utf-8", "replace")
+                body = json.dumps(in_texts(body), ensure_ascii=False).encode("utf-8", "replace")
             case "beside":
                 body = {"a": draw(structures), "b": {"c": body}, "headers": {"host": "x"}}
     return body, hidden
@@ -173,7 +203,11 @@ def test_nothing_else_is_taken(body: Any) -> None:
         {"messages": [{"role": "user", "content": "Which secretary has the key to the token machine?"}]},
         {"usage": {"input_tokens": 5, "output_tokens": 7}, "max_tokens": 9, "keywords": ["a"], "tokenizer": "o200k"},
         {"is_secret": False, "password": None, "risk": "risk-management-framework", "note": "a cookie: choc"},
-        {"logprobs": [{"token": "Hello", "logprob": -0.5}], "cookie": "chocolate", "pair": ["password", "email"]},
+        {"logprobs": [{"token": "Hello", "logprob": -0.5}], "pair": ["password", "email"], "name": "api_key"},
+        {"tokens": 5, "session_tokens": 6, "valid_tokens": 7, "stop_token": "</s>", "total_tokens_details": {"a": 1}},
+        {"text": "max_tokens=5, input_tokens: 6, tokens=7, 'tokens': 8; unexpected token: if; a monkey=1, donkey: 2"},
+        {"text": "https://h:8080/a@b?monkey=1 and mailto:a@b.example, hf_one_of_many_models, xai-grok-code-fast-1"},
+        {"name": "temperature", "value": 1, "key": "k"},
         {"text": '{ "spaced" :  [1.50, 1E5] }', "idempotency_key": "k-1"},
     ],
 )
@@ -193,6 +227,22 @@ def test_what_only_sounds_like_a_secret_is_kept(body: Any) -> None:
         ("İ: sk-0123456789abcdef!", "İ: [redacted]!"),
         ("tsk_0123456789abcdef,ghp_0123456789abcdef", "[redacted],[redacted]"),
         ("-----BEGIN PRIVATE KEY-----\nMIIE", "[redacted]"),
+        ("401 for {b'api-key': b'SECRET', b'n': 1}", "401 for {b'api-key': [redacted], b'n': 1}"),
+        ("login(password=u'a', pwd = f\"b\")", "login(password=[redacted], pwd = [redacted])"),
+        ("{'secret': bytearray(b'a')}", "{'secret': [redacted])}"),
+        ("[(b'x-api-key', b'a'), (b'host', b'h')]", "[(b'x-api-key', [redacted]), (b'host', b'h')]"),
+        ("Headers([('cookie', 'a=b'), ('n', '1')])", "Headers([('cookie', [redacted]), ('n', '1')])"),
+        ('[["Authorization", "Basic a"], 1', '[["Authorization", [redacted]], 1'),
+        ("{'name': 'Cookie', 'value': 'a'}]", "{'name': 'Cookie', 'value': [redacted]}]"),
+        ("{'name': 'DB_PASSWORD', 'value': 'a'}]", "{'name': 'DB_PASSWORD', 'value': [redacted]}]"),
+        ("missing: 'password', 'email'", "missing: 'password', 'email'"),
+        ("GET /?token=a&id_token=b&n=1", "GET /?token=[redacted]&id_token=[redacted]&n=1"),
+        ("token: a\nn: 1", "token: [redacted]\nn: 1"),
+        ("f(n=1, cookie='a', set_cookie=b'c')", "f(n=1, cookie=[redacted], set_cookie=[redacted])"),
+        ("api.key=a", "api.key=[redacted]"),
+        ("postgresql+psycopg://u:p@s?s@h:5432/db", "postgresql+psycopg://u:[redacted]@h:5432/db"),
+        ("(https://h/v1/models?key=a-b_c&alt=sse)", "(https://h/v1/models?key=[redacted]&alt=sse)"),
+        ("https://h/v1?alt=sse\\u0026key=a\\u0026n=1", "https://h/v1?alt=sse\\u0026key=[redacted]\\u0026n=1"),
     ],
 )
 def test_texts_are_read_as_people_would(text: str, kept: str) -> None:
@@ -207,6 +257,20 @@ def test_keys_of_several_secrets() -> None:
     }
 
 
+@pytest.mark.parametrize("body", [{b"password": b"a", b"n": b"1"}, {"n": "1", b"password": {b"a": 1}}])
+def test_keys_in_bytes_are_read_as_texts(body: Any) -> None:
+    assert json.loads(logged(body)) == {"password": "[redacted]", "n": "1"}
+
+
+def test_headers_listed_by_name_and_value() -> None:
+    """As in HAR files."""
+    listed = [{"name": name, "value": "a"} for name in ("Cookie", "Authorization", "X-Session", "Host")]
+    kept = json.loads(logged({"headers": listed, "pairs": [{"Key": "Cookie", "Value": ["a"]}]}, OWN_HEADER))
+    assert [each["value"] for each in kept["headers"]] == ["[redacted]"] * 3 + ["a"]
+    assert [each["name"] for each in kept["headers"]] == [each["name"] for each in listed]
+    assert kept["pairs"] == [{"Key": "Cookie", "Value": "[redacted]"}]
+
+
 def test_a_text_of_many_beginnings_takes_no_time() -> None:
     """What is quadratic here would hold up an event loop for minutes."""
     for piece in (
@@ -217,6 +281,13 @@ def test_a_text_of_many_beginnings_takes_no_time() -> None:
         "-----BEGIN PRIVATE KEY",
         "sk-",
         "bearer  ",
+        "://a:",
+        "://a:b@",
+        "&key=",
+        "token'",
+        "'cookie', b",
+        "api-key' , 'value",
+        "password=b'",
     ):
         logged({"text": piece * (1_000_000 // len(piece))})
 
@@ -300,6 +371,10 @@ def test_patterns_headers_and_secrets_add_up() -> None:
 
 
 def test_errors_are_texts_too() -> None:
+    shown = str({b"api-key": b"a", "max_tokens": 5})
+    assert masked_error(ValueError(f"401 for {shown}"), None, SECRETS) == (
+        "ValueError: 401 for {b'api-key': [redacted], 'max_tokens': 5}"
+    )
     assert masked_error(ValueError("Incorrect API key provided: sk-0123456789abcdef."), KEY, SECRETS) == (
         "ValueError: Incorrect API key provided: [redacted]."
     )
