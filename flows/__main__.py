@@ -306,12 +306,16 @@ def rerate(
     from flows.places import Places, billed_month
     from metering.clock import utc_now
     from metering.console import show
+    from metering.errors import InvalidSetting
     from metering.plans import parse_plans
     from tasks.rerate import rerate_period, rerated_rows
 
     def compare() -> None:
         places, now = Places.from_env(), utc_now()
-        other = parse_plans(plan.read_text(encoding="utf-8"))
+        try:
+            other = parse_plans(plan.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as exc:
+            raise InvalidSetting("plan", str(plan), f"a file in UTF-8 ({exc})") from None
         found = rerate_period(places.ledger_url, places.warehouse, billed_month(period, now), other, now)
         show(rerated_rows(found), as_json)
 
@@ -328,11 +332,12 @@ def void(
     from flows.places import MAX_REASON, Places, stated
     from metering.cli.shared import actor as user
     from metering.clock import utc_now
+    from metering.events import MAX_NAME
     from tasks.closing import void_invoice
 
     def do() -> list[str]:
-        why = stated("reason", reason, MAX_REASON)
-        return [void_invoice(Places.from_env().ledger_url, invoice, utc_now(), actor=actor or user(), reason=why)]
+        who, why = stated("actor", actor or user(), MAX_NAME), stated("reason", reason, MAX_REASON)
+        return [void_invoice(Places.from_env().ledger_url, invoice, utc_now(), actor=who, reason=why)]
 
     sys.exit(call(do))
 
@@ -347,13 +352,13 @@ def credit(
     from flows.places import MAX_REASON, Places, stated
     from metering.cli.shared import actor as user
     from metering.clock import utc_now
+    from metering.events import MAX_NAME
     from tasks.closing import credit_invoice
 
     def do() -> list[str]:
-        places, why = Places.from_env(), stated("reason", reason, MAX_REASON)
-        return [
-            credit_invoice(places.ledger_url, places.warehouse, invoice, utc_now(), actor=actor or user(), reason=why)
-        ]
+        who, why = stated("actor", actor or user(), MAX_NAME), stated("reason", reason, MAX_REASON)
+        places = Places.from_env()
+        return [credit_invoice(places.ledger_url, places.warehouse, invoice, utc_now(), actor=who, reason=why)]
 
     sys.exit(call(do))
 

@@ -20,10 +20,14 @@ __all__ = ["call", "run"]
 
 
 def run(flow: Any) -> None:
-    """Run a flow with its parameters read from the command line, print its result, and exit."""
+    """Run a flow with its parameters read from the command line, print its result, and exit.
+
+    A parameter that is False unless said is a flag; any other has a value.
+    """
     parser = ArgumentParser(prog=f"python -m flows.{flow.fn.__name__}", description=inspect.getdoc(flow.fn))
-    for name in inspect.signature(flow.fn).parameters:
-        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, default=SUPPRESS)
+    for name, parameter in inspect.signature(flow.fn).parameters.items():
+        action = "store_true" if parameter.default is False else "store"
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, default=SUPPRESS, action=action)
     sys.exit(call(flow, **vars(parser.parse_args())))
 
 

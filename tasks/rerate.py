@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from metering.billing.closing import composed
 from metering.billing.money import EXACT
-from metering.errors import MeteringError
+from metering.errors import InvalidSetting, MeteringError
 from metering.ledger import Ledger
 from metering.ledger.closing import frozen_of
 from reports.formats import exact_sum
@@ -56,17 +56,19 @@ def rerate_period(
 ) -> list[Rerated]:
     """By account, what all that is known of a period comes to, also with `other` plans in the place of their namesakes.
 
-    Of a closed period, what was frozen last. Nothing is written. Raises `WarehouseError`.
+    Of a closed period, what was frozen last. Nothing is written. Raises `WarehouseError`, and `InvalidSetting` for
+    plans that have no namesake: they would change nothing.
     """
     with (
         closing(Ledger(ledger_url)) as ledger,
         open_for_reading(warehouse) as connection,
         ledger.read() as known,
     ):
+        plans = plans_of(known)
+        _check_names(other, {plan.name for plan in plans.values()})
         check_costs(known, connection)
         closed = [periods[period][1] for periods in frozen_of(known).values() if period in periods]
         inputs = [*closed, *open_inputs(known, loaded(connection, period), period, now)]
-        plans = plans_of(known)
     changed = {version: other.get(plan.name, plan) for version, plan in plans.items()}
     return [_rerated(each, plans, changed) for each in sorted(inputs, key=lambda each: each.account)]
 
@@ -100,6 +102,12 @@ def rerated_rows(rerated: Sequence[Rerated]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _check_names(other: Mapping[str, Plan], names: set[str]) -> None:
+    unknown = sorted(other.keys() - names)
+    if unknown:
+        raise InvalidSetting("plan", ", ".join(unknown), f"plans that the ledger has: {', '.join(sorted(names))}")
 
 
 def _rerated(inputs: PeriodInputs, plans: Mapping[int, Plan], changed: Mapping[int, Plan]) -> Rerated:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.__main__ import app
+from flows.bill_period import bill_period
 from flows.billing_cycle import billing_cycle
-from flows.command import call
+from flows.command import call, run
 from tests.tasks.place import PERIOD, Place, event
 
 if TYPE_CHECKING:
@@ -100,6 +102,14 @@ def test_other_prices_by_command(months: Place) -> None:
         ("zeta", "1.00"),
         ("all 2", "3.00"),
     ]
+    Path("typo.toml").write_text(PLANS.replace("plans.plain", "plans.plian"))
+    unknown = flows("rerate", "--plan", "typo.toml", "--period", PERIOD)
+    assert (unknown.exit_code, unknown.stdout) == (1, "")
+    assert unknown.stderr == "error: plan: got 'plian', expected plans that the ledger has: metered, plain\n"
+    Path("latin.toml").write_bytes("# für alle".encode("latin-1"))
+    latin = flows("rerate", "--plan", "latin.toml", "--period", PERIOD)
+    assert (latin.exit_code, latin.stdout) == (1, "")
+    assert latin.stderr.startswith("error: plan: got 'latin.toml', expected a file in UTF-8 (")
     missing = flows("rerate", "--plan", "none.toml", "--period", PERIOD)
     assert (missing.exit_code, missing.stderr) == (1, "error: none.toml: No such file or directory\n")
 
@@ -114,6 +124,30 @@ def test_a_void_and_a_credit_note_by_command(months: Place) -> None:
     empty = flows("void", "INV-000001", "--reason", "")
     assert empty.exit_code == 1
     assert empty.stderr.startswith("error: reason: got ''")
+
+
+@pytest.mark.parametrize("command", ["void", "credit"])
+def test_who_voids_and_credits_has_a_name_of_some_length(months: Place, command: str) -> None:
+    months.close()
+    refused = flows(command, "INV-000001", "--reason", "x", "--actor", "a" * 300)
+    assert refused.exit_code == 1
+    assert refused.stderr.startswith("error: actor: got ")
+    assert refused.stderr.endswith("expected 1 to 255 characters (got 300)\n")
+    assert months.ledger_rows("SELECT count(*) FROM invoices") == [(1,)]
+
+
+@pytest.mark.usefixtures("_engine")
+def test_a_period_is_closed_by_the_flow_of_its_own(months: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    months.aggregate()
+    said = ["bill_period", "--final", "--period", PERIOD, "--override", "traces were lost", "--actor", "finance"]
+    monkeypatch.setattr(sys, "argv", said)
+    with pytest.raises(SystemExit) as exited:
+        run(bill_period)
+    assert exited.value.code == 0
+    assert [account for (account,) in months.ledger_rows("SELECT account FROM closes ORDER BY close")] == [
+        "acme",
+        "zeta",
+    ]
 
 
 def test_an_override_needs_a_close(months: Place) -> None:
