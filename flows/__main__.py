@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flows.command import call
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from flows.places import Places
 
 app = typer.Typer(
     help="Tallystick's jobs. Settings are METERING_* variables; nothing needs a server.",
@@ -328,18 +333,21 @@ def void(
     reason: Reason,
     actor: Actor = None,
 ) -> None:
-    """Take an invoice back by a new document, and print its number. What it billed is on the account's next invoice."""
-    from flows.places import MAX_REASON, Places, stated
+    """Take an invoice back by a new document: write it, and print its number.
+
+    What it billed is on the account's next invoice.
+    """
+    from flows.places import MAX_REASON, stated
     from metering.cli.shared import actor as user
     from metering.clock import utc_now
     from metering.events import MAX_NAME
     from tasks.closing import void_invoice
 
-    def do() -> list[str]:
+    def issue(places: Places) -> str:
         who, why = stated("actor", actor or user(), MAX_NAME), stated("reason", reason, MAX_REASON)
-        return [void_invoice(Places.from_env().ledger_url, invoice, utc_now(), actor=who, reason=why)]
+        return void_invoice(places.ledger_url, invoice, utc_now(), actor=who, reason=why)
 
-    sys.exit(call(do))
+    sys.exit(_issued(issue))
 
 
 @app.command()
@@ -348,19 +356,36 @@ def credit(
     reason: Reason,
     actor: Actor = None,
 ) -> None:
-    """Give back now what was billed too much of an invoice's period, and print the number of the credit note."""
-    from flows.places import MAX_REASON, Places, stated
+    """Give back now what was billed too much of an invoice's period: write a credit note, and print its number."""
+    from flows.places import MAX_REASON, stated
     from metering.cli.shared import actor as user
     from metering.clock import utc_now
     from metering.events import MAX_NAME
     from tasks.closing import credit_invoice
 
-    def do() -> list[str]:
+    def issue(places: Places) -> str:
         who, why = stated("actor", actor or user(), MAX_NAME), stated("reason", reason, MAX_REASON)
-        places = Places.from_env()
-        return [credit_invoice(places.ledger_url, places.warehouse, invoice, utc_now(), actor=who, reason=why)]
+        return credit_invoice(places.ledger_url, places.warehouse, invoice, utc_now(), actor=who, reason=why)
 
-    sys.exit(call(do))
+    sys.exit(_issued(issue))
+
+
+def _issued(issue: Callable[[Places], str]) -> int:
+    """Issue a document, print its number, and write its files; the number is said also where that fails."""
+    from flows.places import Places
+    from tasks.bills import write_document
+
+    numbers: list[str] = []
+
+    def issue_one() -> list[str]:
+        numbers.append(issue(Places.from_env()))
+        return numbers
+
+    def write() -> None:
+        places = Places.from_env()
+        write_document(places.ledger_url, places.out, *numbers)
+
+    return call(issue_one) or call(write)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from metering.billing.invoices import Invoice
 from metering.clock import utc_now
 from metering.errors import InvalidPlan, MeteringError, UnpricedUsage
 from metering.ledger import Ledger
-from metering.ledger.closing import billed_of, documents_of
+from metering.ledger.closing import billed_of, document, documents_of
 from reports.invoice import invoice_csv, invoice_html
 from reports.summary import AccountRow, ModelRow, PeriodSummary, UsageDay, summary_html
 from tasks.costs import knows_price, price_version
@@ -43,6 +43,7 @@ __all__ = [
     "check_costs",
     "file_stem",
     "invoice_files",
+    "write_document",
     "write_index",
     "write_invoices",
 ]
@@ -82,6 +83,14 @@ def write_invoices(ledger_url: str, warehouse: Path, out: Path, period: str) -> 
             if path.name not in current:
                 path.unlink()
     return list(bills.problems)
+
+
+def write_document(ledger_url: str, out: Path, number: str) -> None:
+    """Write the files of one final document under `out`. Raises `UnknownInvoice`, `ReportError`."""
+    with closing(Ledger(ledger_url)) as ledger, ledger.read() as known:
+        final = document(known, number)
+    with period_folder(out, final.period) as folder:
+        _write_final(folder / "invoices", final)
 
 
 def _write_final(folder: Path, final: FinalDocument) -> set[str]:

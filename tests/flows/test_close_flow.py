@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import pytest
 from typer.testing import CliRunner
@@ -38,6 +39,13 @@ def months(place: Place) -> Place:
     place.account("zeta", "metered")
     place.add(event(idempotency_key="one"), event(), event("zeta", run_id="run"))
     return place
+
+
+NEW_FILES = ["INV-000002.csv", "INV-000002.html", "INV-000002.json"]
+
+
+def written(place: Place) -> list[str]:
+    return sorted(path.name for path in (place.out / PERIOD / "invoices").iterdir())
 
 
 def flows(*arguments: str) -> Result:
@@ -118,12 +126,37 @@ def test_a_void_and_a_credit_note_by_command(months: Place) -> None:
     months.close()
     voided = flows("void", "INV-000001", "--reason", "wrong address")
     assert (voided.exit_code, voided.stdout) == (0, "INV-000002\n")
+    assert written(months) == NEW_FILES
+    assert flows("verify", "INV-000002").stdout == "INV-000002: no differences\n"
     refused = flows("credit", "INV-000001", "--reason", "x")
     assert refused.exit_code == 1
     assert refused.stderr == "error: INV-000001: was voided by INV-000002\n"
     empty = flows("void", "INV-000001", "--reason", "")
     assert empty.exit_code == 1
     assert empty.stderr.startswith("error: reason: got ''")
+
+
+def test_a_credit_note_is_written_by_command(months: Place) -> None:
+    months.close()
+    [(one,)] = months.ledger_rows("SELECT event_id FROM events WHERE idempotency_key = 'one'")
+    with months.meter() as meter:
+        meter.correct(UUID(str(one)), billable=False, reason="twice")
+    months.aggregate()
+    credited = flows("credit", "INV-000001", "--reason", "billed twice")
+    assert (credited.exit_code, credited.stdout) == (0, "INV-000002\n"), credited.stderr
+    assert written(months) == NEW_FILES
+    assert flows("verify", "INV-000002").stdout == "INV-000002: no differences\n"
+
+
+def test_a_void_whose_files_cannot_be_written_is_told_by_number(months: Place) -> None:
+    months.close()
+    months.out.write_text("in the way")
+    voided = flows("void", "INV-000001", "--reason", "wrong address")
+    assert (voided.exit_code, voided.stdout) == (1, "INV-000002\n")
+    assert voided.stderr.startswith(f"error: {months.out / PERIOD}")
+    months.out.unlink()
+    assert months.invoice() == []
+    assert set(NEW_FILES) <= set(written(months))
 
 
 @pytest.mark.parametrize("command", ["void", "credit"])
