@@ -27,7 +27,7 @@ from metering.errors import (
 from metering.ledger import admin_log, outbox, plan_versions
 from metering.ledger.archived import has_archives
 from metering.ledger.locks import hold_still
-from metering.ledger.schema import account_plans, accounts, api_keys, events
+from metering.ledger.schema import account_plans, accounts, api_keys, closes, events
 from metering.ledger.types import can_be_name
 from metering.windows import checked_anchor_day, checked_time_zone
 
@@ -182,7 +182,11 @@ class Accounts:
         time_zone: str | None = None,
         anchor_day: int | None = None,
     ) -> Account:
-        """Change what is given. Zone and anchor day cut the periods, so they stay once there is usage (`Conflict`)."""
+        """Change what is given.
+
+        Zone and anchor day cut the periods, so they stay once there is usage, or a period is closed (`Conflict`): cut
+        anew, the next one would take in days that are billed, or leave some out.
+        """
         changes: dict[str, Any] = {}
         if name is not None:
             changes["name"] = checks.text("name", name, 255)
@@ -197,8 +201,10 @@ class Accounts:
             self._get(connection, account)
             if cuts_periods:
                 hold_still(connection, [account])
-            if cuts_periods and _has_events(connection, account):
-                raise Conflict(f"account {account!r} has usage: its time zone and anchor day cut its periods and stay")
+            if cuts_periods and (there := _cut_already(connection, account)):
+                raise Conflict(
+                    f"account {account!r} has {there}: its time zone and anchor day cut its periods and stay"
+                )
             if changes:
                 connection.execute(accounts.update().where(accounts.c.account == account).values(**changes))
                 # Names and addresses may have to be erased one day, and of the log nothing ever is.
@@ -457,9 +463,13 @@ def _find_account(connection: sa.Connection, account: str, now: datetime) -> Acc
     return Account(plan=plan, **{name: row[name] for name in row if name != "address"}, address=address)
 
 
-def _has_events(connection: sa.Connection, account: str) -> bool:
+def _cut_already(connection: sa.Connection, account: str) -> str | None:
+    """What an account has that belongs to one of its periods."""
     found = connection.execute(sa.select(events.c.seq).where(events.c.account == account).limit(1)).first()
-    return found is not None or has_archives(connection, account)
+    if found is not None or has_archives(connection, account):
+        return "usage"
+    found = connection.execute(sa.select(closes.c.close).where(closes.c.account == account).limit(1)).first()
+    return None if found is None else "closed periods"
 
 
 def _address_text(address: tuple[str, ...]) -> str | None:

@@ -13,7 +13,7 @@ from metering.errors import Conflict, UnknownPlan
 from metering.ledger import admin_log, outbox
 from metering.ledger.archived import has_archives
 from metering.ledger.locks import hold_still
-from metering.ledger.schema import account_plans, events, plan_versions
+from metering.ledger.schema import account_plans, closes, events, plan_versions
 from metering.plans import BUILT_IN, Plan
 
 if TYPE_CHECKING:
@@ -95,7 +95,8 @@ def apply(
     """Write a new version of each plan that differs from the one then in force; returns those written.
 
     A first version is in force since ever, a later one from `effective_from` (now unless said) on. Raises `Conflict`
-    where usage since then is recorded already: it keeps the version it was recorded under.
+    where usage since then is recorded already: it keeps the version it was recorded under. And where a period is closed
+    that ends later, of an account that was on the plan: what comes late for it is billed at that period's own prices.
     """
     plans = list(plans)
     names = [plan.name for plan in plans]
@@ -109,6 +110,7 @@ def apply(
             continue
         if known and begins < now:
             _refuse_recorded(connection, plan.name, known, begins)
+            _refuse_closed(connection, plan.name, begins)
         written.append(_write(connection, plan, len(known) + 1, begins, now, actor))
     if written and _assigned(connection, written):
         outbox.note(connection, None, now=now)
@@ -141,6 +143,18 @@ def _refuse_recorded(connection: sa.Connection, plan: str, known: list[PlanVersi
         raise Conflict(
             f"plan {plan!r} has {recorded} events since {begins.isoformat()}, recorded under an earlier version: "
             "apply it from now on, or before importing usage of that time"
+        )
+
+
+def _refuse_closed(connection: sa.Connection, plan: str, begins: datetime) -> None:
+    on_it = sa.and_(account_plans.c.account == closes.c.account, account_plans.c.effective_from < closes.c.period_end)
+    query = sa.select(closes.c.account, closes.c.period, closes.c.period_end).join(account_plans, on_it)
+    query = query.where(account_plans.c.plan == plan, closes.c.period_end > begins)
+    found = connection.execute(query.order_by(closes.c.period_end.desc(), closes.c.close).limit(1)).first()
+    if found is not None:
+        raise Conflict(
+            f"plan {plan!r} has account {found.account!r}, whose period {found.period} is closed, under an earlier "
+            f"version: apply it from {found.period_end.isoformat()} on, or later"
         )
 
 
