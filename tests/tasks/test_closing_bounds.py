@@ -1,4 +1,4 @@
-"""What may not be changed once a period is closed, on either database."""
+"""What may not be changed once a period is closed, on either database, and a period that nobody can have meant."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from metering.errors import Conflict
 from metering.ledger import Ledger, plan_versions
 from metering.meter import Meter
 from metering.plans import parse_plans
-from tests.tasks.place import NOVEMBER, PERIOD, Place
+from tests.tasks.place import NOVEMBER, PERIOD, Place, event
 
 if TYPE_CHECKING:
     from metering.accounts import Account
@@ -27,6 +27,7 @@ minimum = "40.00"
 retention_days = 30
 """
 DECEMBER = datetime(2023, 12, 20, tzinfo=UTC)
+CREATED_LATER = "the account was created after its end: is the period right?"
 
 
 @pytest.fixture
@@ -83,3 +84,19 @@ def test_a_plan_nobody_was_on_in_a_closed_period_may_begin_there(fees: Place) ->
         meter.accounts.change_plan("acme", "other")
     other = "[plans.other]\nretention_days = 31"
     assert apply(fees, other, NOVEMBER - timedelta(days=1)) == 1
+
+
+def test_a_period_before_the_account_was_created_is_asked_about(fees: Place) -> None:
+    fees.account("acme", "fee")
+    closed = fees.close("2013-11")
+    assert (closed.accounts, closed.numbers, closed.refused) == (0, (), (("acme", CREATED_LATER),))
+    assert fees.close("2013-10", override="they were with us on paper").accounts == 1
+    [(override,)] = fees.ledger_rows("SELECT override FROM closes")
+    assert override == f"they were with us on paper ({CREATED_LATER})"
+    assert fees.close().accounts == 1
+
+
+def test_a_period_with_usage_is_no_mistake(fees: Place) -> None:
+    fees.account("acme", "fee")
+    fees.add(event(at=NOVEMBER - timedelta(days=40)))
+    assert fees.close("2023-10").accounts == 1

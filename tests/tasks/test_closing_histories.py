@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from contextlib import closing, suppress
+from dataclasses import replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,7 @@ rates = [ { line = "*", metric = "output_tokens", type = "per_unit", unit_amount
 MONTHS = ("2023-10", "2023-11", "2023-12")
 ACCOUNTS = {"acme": ("tiered", "UTC"), "zeta": ("flat", "Asia/Tokyo")}
 """Plan and time zone."""
+BEGAN = datetime.fromisoformat("2023-09-01T00:00Z")
 LAST = "2024-01"
 EXAMPLES = int(os.environ.get("TALLYSTICK_HISTORIES", "5"))
 END = datetime.fromisoformat("2024-04-01T00:00Z")
@@ -84,8 +86,9 @@ class Histories(RuleBasedStateMachine):
         self.url = self.server.database(like=self.template)
         self.place = Place.at(self.folder / self.url.rpartition("/")[2], self.url)
         self.place.plans(PLANS)
+        long_since = replace(self.place, clock=lambda: BEGAN)
         for name, (plan, zone) in ACCOUNTS.items():
-            self.place.account(name, plan, time_zone=zone)
+            long_since.account(name, plan, time_zone=zone)
         self.ledger = Ledger(self.url)
         self.events: list[Any] = []
         self.final: dict[str, bytes] = {}
