@@ -7,7 +7,7 @@ the picture does not depend on the fonts of the machine; nor, since dates stay d
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from datetime import date
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ BAR = 18
 MAX_SERIES = 7
 MAX_BARS = 10
 MAX_DAY_LABELS = 8
+EARLIER = "(earlier periods)"
 
 NAVY, SKY, TEAL, GREY = "#1f4e79", "#7fb0da", "#2a9d8f", "#a3adb8"
 PALETTE = (NAVY, TEAL, "#e9a23b", SKY, "#c8553d", "#7d5ba6", "#8a9a5b")
@@ -138,21 +139,22 @@ def usage_by_model(models: Sequence[ModelRow]) -> Figure:
 
 
 def revenue_by_plan(accounts: Sequence[AccountRow]) -> Figure:
-    """What each plan brought in: one picture a currency, since currencies do not add up."""
+    """What each plan brought in: one picture a currency, since currencies do not add up. One row is an account's."""
     title = "Revenue by plan"
     if not accounts:
         return Figure(title=title, note="No account was billed in this period.")
     uses = Counter(row.currency for row in accounts)
+    billed = _count(len({row.account for row in accounts}), "account")
     currencies = sorted(uses, key=lambda currency: (-uses[currency], currency))
     return Figure(
         title=title,
-        note=f"Invoice totals of {_count(len(accounts), 'account')}, by the plan in force at the end of the period.",
+        note=f"Invoice totals of {billed}, by the plan in force at the end of the period.",
         pictures=tuple(_revenue(currency, [r for r in accounts if r.currency == currency]) for currency in currencies),
     )
 
 
 def margin_by_account(accounts: Sequence[AccountRow]) -> Figure:
-    """Provider cost beside margin, for the accounts billed most in USD."""
+    """Provider cost beside margin, for the accounts billed most in USD. One row is an account's."""
     title = "Margin against provider cost"
     in_usd = sorted((row for row in accounts if row.margin is not None), key=lambda row: (-row.total, row.account))
     if not in_usd:
@@ -189,7 +191,10 @@ def margin_by_account(accounts: Sequence[AccountRow]) -> Figure:
 
 
 def _revenue(currency: str, rows: list[AccountRow]) -> Markup:
-    totals = {plan: exact_sum(r.total for r in rows if r.plan == plan) for plan in sorted({r.plan for r in rows})}
+    of_plans = defaultdict(list)
+    for row in sorted(rows, key=lambda row: row.plan or EARLIER):
+        of_plans[row.plan or EARLIER].append(row.total)
+    totals = {plan: exact_sum(parts) for plan, parts in of_plans.items()}
     plans = sorted(totals, key=lambda plan: -totals[plan])
     words = [amount(totals[plan], currency) for plan in plans]
     frame = pd.DataFrame({"plan": plans, "revenue": _positions([totals[plan] for plan in plans]), "words": words})

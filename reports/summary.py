@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -20,11 +20,17 @@ __all__ = ["AccountRow", "ModelRow", "PeriodSummary", "UsageDay", "summary_html"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AccountRow:
-    """One billed account."""
+    """One document of a billed account; or all that it has in one currency, added up."""
 
     account: str
     name: str | None
-    plan: str
+    number: str | None = None
+    """Of a final document."""
+    about: str | None = None
+    """What a void or a credit note is, such as `void of INV-000001`."""
+    plan: str | None
+    """In force at the end of the period; None where the document is in another currency than that, for what came late
+    for periods on another plan."""
     currency: str
     requests: int
     input_tokens: int
@@ -34,7 +40,8 @@ class AccountRow:
     provider_cost: Decimal
     """In USD, as far as prices are known."""
     margin: Decimal | None
-    """`total` less `provider_cost`, in USD; None where it is billed in another currency or a price is not known."""
+    """`total` less `provider_cost`, in USD; None where it is billed in another currency, a price is not known or
+    there is no `plan`: what came late cost something in its own period."""
     unpriced_requests: int
     """Requests whose provider cost is not known, so not in `provider_cost`."""
     invoice_href: str
@@ -75,6 +82,7 @@ class PeriodSummary:
     period: str
     """Its name for people, such as `November 2023`."""
     accounts: tuple[AccountRow, ...]
+    """By document."""
     days: tuple[UsageDay, ...] = ()
     models: tuple[ModelRow, ...] = ()
     problems: tuple[tuple[str, str], ...] = ()
@@ -82,8 +90,11 @@ class PeriodSummary:
 
 
 def summary_html(summary: PeriodSummary) -> str:
-    """The index page of a period, self-contained: totals, four plots, and every account with its invoice."""
-    rows = _by_total(summary.accounts)
+    """The index page of a period, self-contained: totals, four plots, and every account with its documents."""
+    documents: defaultdict[tuple[str, str], list[AccountRow]] = defaultdict(list)
+    for document in sorted(summary.accounts, key=lambda row: row.number or ""):
+        documents[document.account, document.currency].append(document)
+    rows = _by_total([_added_up(each) for each in documents.values()])
     totals = [
         _totals([row for row in rows if row.currency == currency], currency)
         for currency in dict.fromkeys(row.currency for row in rows)
@@ -98,16 +109,38 @@ def summary_html(summary: PeriodSummary) -> str:
         figures=(
             charts.usage_by_day(summary.days),
             charts.usage_by_model(summary.models),
-            charts.revenue_by_plan(summary.accounts),
-            charts.margin_by_account(summary.accounts),
+            charts.revenue_by_plan(rows),
+            charts.margin_by_account(rows),
         ),
-        accounts=[(row, quote(row.invoice_href)) for row in rows],
+        accounts=len({row.account for row in rows}),
+        documents=[
+            (document, quote(document.invoice_href))
+            for row in rows
+            for document in documents[row.account, row.currency]
+        ],
         models=sorted(summary.models, key=lambda row: -(row.input_tokens + row.output_tokens)),
         days=_day_totals(summary.days),
     )
 
 
-def _by_total(rows: tuple[AccountRow, ...]) -> list[AccountRow]:
+def _added_up(rows: list[AccountRow]) -> AccountRow:
+    """The documents that an account has in one currency as one row. Its margin is known where that of each is."""
+    margins = [row.margin for row in rows if row.margin is not None]
+    return replace(
+        rows[0],
+        number=None,
+        about=None,
+        requests=sum(row.requests for row in rows),
+        input_tokens=sum(row.input_tokens for row in rows),
+        output_tokens=sum(row.output_tokens for row in rows),
+        total=exact_sum(row.total for row in rows),
+        provider_cost=exact_sum(row.provider_cost for row in rows),
+        margin=exact_sum(margins) if len(margins) == len(rows) else None,
+        unpriced_requests=sum(row.unpriced_requests for row in rows),
+    )
+
+
+def _by_total(rows: list[AccountRow]) -> list[AccountRow]:
     """Largest total first; the currencies one after the other, the one of most accounts first."""
     uses = Counter(row.currency for row in rows)
     return sorted(rows, key=lambda row: (-uses[row.currency], row.currency, -row.total, row.account))

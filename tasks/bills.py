@@ -126,9 +126,10 @@ def write_index(warehouse: Path, out: Path, period: str, problems: list[tuple[st
         models = tuple(ModelRow(**row) for row in rows(connection, "usage_by_model", period))
     with period_folder(out, period) as folder:
         invoices = [Invoice.from_json(path.read_bytes()) for path in (folder / "invoices").glob("*.json")]
+        invoices.sort(key=lambda invoice: (invoice.account, invoice.number or "", invoice.currency))
         summary = PeriodSummary(
             period=period,
-            accounts=tuple(_account_row(invoice) for invoice in sorted(invoices, key=lambda invoice: invoice.account)),
+            accounts=tuple(_account_row(invoice) for invoice in invoices),
             days=days,
             models=models,
             problems=tuple((account, reason) for account, reason in problems),
@@ -208,11 +209,15 @@ def file_stem(invoice: Invoice) -> str:
 
 
 def _account_row(invoice: Invoice) -> AccountRow:
-    margin_is_known = invoice.currency == "USD" and not invoice.unpriced_requests
+    # A second document has the currency of earlier periods, and of the plans that they were on.
+    is_second = invoice.reference.endswith(f"-{invoice.currency}")
+    margin_is_known = invoice.currency == "USD" and not invoice.unpriced_requests and not is_second
     return AccountRow(
         account=invoice.account,
         name=invoice.name,
-        plan=invoice.plan,
+        number=invoice.number,
+        about=None if invoice.names is None else f"{invoice.kind.replace('_', ' ')} of {invoice.names}",
+        plan=None if is_second else invoice.plan,
         currency=invoice.currency,
         requests=invoice.requests,
         input_tokens=invoice.input_tokens,

@@ -52,6 +52,38 @@ def test_currencies_are_never_added(make: Any) -> None:
     assert "Total of 1 in EUR 8,819 18,059,974 245,896 500.00 EUR 31.20 \N{EN DASH}" in words
 
 
+def test_an_account_is_counted_once_and_its_documents_stay_together(make: Any) -> None:
+    accounts = (
+        make.account("zeta", number="INV-000002", total=Decimal(50)),
+        make.account("acme", number="INV-000003", total=Decimal(-100), provider_cost=Decimal(0), about="void of INV-1"),
+        make.account("acme", number="INV-000001", total=Decimal(100)),
+        make.account("acme", number="INV-000004", total=Decimal(7), currency="EUR", plan=None),
+    )
+    html = summary_html(make.summary(accounts=accounts))
+    words = words_of(html)
+    assert "Accounts billed 2 " in words
+    assert "Total of 2 in USD" in words
+    assert "Total of 1 in EUR" in words
+    assert "Invoice totals of 2 accounts, by the plan" in words
+    assert "All 2 accounts billed in USD" in words
+    assert re.findall(r"INV-00000\d(?= HTML)", words) == ["INV-000002", "INV-000001", "INV-000003", "INV-000004"]
+    assert "acme void of INV-1 pro" in words
+    assert 'aria-label="INV-000003 of acme as HTML"' in html
+    assert 'aria-label="Revenue by plan in EUR, bars: (earlier periods) 7.00."' in html
+    assert 'aria-label="Revenue by plan in USD, bars: pro 50.00."' in html
+
+
+def test_the_margin_of_an_account_is_that_of_its_documents(make: Any) -> None:
+    cost = Decimal(30)
+    undone = (
+        make.account("acme", number="A-1", total=Decimal(100), provider_cost=cost),
+        make.account("acme", number="A-2", total=Decimal(-100), provider_cost=Decimal(0)),
+    )
+    assert "Margin -30.00 USD" in words_of(summary_html(make.summary(accounts=undone)))
+    unknown = (make.account("acme", number="A-1", total=Decimal(100), margin=None), undone[1])
+    assert "Margin \N{EN DASH} where billed in USD" in words_of(summary_html(make.summary(accounts=unknown)))
+
+
 def test_models_without_a_price_are_counted(make: Any) -> None:
     words = words_of(summary_html(make.summary(models=(make.model("mystery", None, unpriced_requests=1_003),))))
     assert "mystery \N{EN DASH} 4 9,000 500 1.50 1,003 unpriced" in words
