@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from prefect import task
 
+from metering.accounts import list_accounts
 from metering.errors import MeteringError, PeriodClosed
 from metering.ledger import Ledger
 from metering.ledger.closing import Act, close_period, document, frozen_of, issue_credit_note, void
@@ -40,13 +41,16 @@ class Closed:
     """How many were closed, those included that owe nothing."""
     not_over: int
     """How many have a period that has not ended yet."""
+    came_later: int
+    """How many were created after the period's end, and have no usage in it: these stay open."""
     refused: tuple[tuple[str, str], ...]
     """(account, why): these stay open, or something that came late for them waits."""
 
     def __str__(self) -> str:
         """In one line."""
         issued = "no document" if not self.numbers else f"{self.numbers[0]} to {self.numbers[-1]}"
-        return f"closed {self.accounts:,} accounts, {issued}; {self.not_over:,} have a period that is not over"
+        open_ = f"{self.not_over:,} have a period that is not over, {self.came_later:,} were created after it"
+        return f"closed {self.accounts:,} accounts, {issued}; {open_}"
 
 
 def act_of(settings: Settings, actor: str, at: datetime) -> Act:
@@ -74,7 +78,14 @@ def close_accounts(
             costs = check_costs(known, connection)
             inputs = open_inputs(known, loaded(connection, period), period, now)
             late, plans = late_inputs(known, connection), plans_of(known)
-        over = [each for each in inputs if each.period_end <= now]
+            created = {each.account: each.created_at for each in list_accounts(known, now)}
+        ended = [each for each in inputs if each.period_end <= now]
+        # Where nobody said since when it is active, an account is so since ever: a typo would bill any period.
+        over = [
+            each
+            for each in ended
+            if each.active_from is not None or each.events or created[each.account] < each.period_end
+        ]
         against = obstacles(ledger, settings, period, over)
         for each in over:
             reasons = "; ".join(against.get(each.account, ()))
@@ -93,7 +104,13 @@ def close_accounts(
                 continue  # by another run, meanwhile
             except MeteringError as exc:
                 refused.append((each.account, str(cause_of(exc, plans, each.usage))))
-    return Closed(numbers=tuple(numbers), accounts=accounts, not_over=len(inputs) - len(over), refused=tuple(refused))
+    return Closed(
+        numbers=tuple(numbers),
+        accounts=accounts,
+        not_over=len(inputs) - len(ended),
+        came_later=len(ended) - len(over),
+        refused=tuple(refused),
+    )
 
 
 def _check_still(costs: int, connection: sa.Connection) -> None:

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from metering.clock import utc_now
 from metering.errors import StoreUnavailable
-from metering.ledger.schema import accounts, dead_letters, events, provider_pulls, reconciliations, verdicts
+from metering.ledger.schema import dead_letters, events, provider_pulls, reconciliations, verdicts
 from metering.spool import Spool
 from tasks.periods import plans_of
 from tasks.warehouse import sql
@@ -41,7 +41,6 @@ def obstacles(ledger: Ledger, settings: Settings, period: str, inputs: Sequence[
     with ledger.read() as connection:
         recorded = Counter({row[0]: int(row[1]) for row in connection.execute(_RECORDED, {"period": period})})
         dead = Counter(connection.execute(_DEAD, {"period": period}).scalars())
-        created = {row.account: row.created_at for row in connection.execute(_CREATED)}
         unreconciled = _Reconciled(connection, period)
         found: dict[str, list[str]] = {}
         for each in inputs:
@@ -54,9 +53,6 @@ def obstacles(ledger: Ledger, settings: Settings, period: str, inputs: Sequence[
                 reasons.append(f"{missing:,} events are not loaded: `python -m flows aggregate-usage`")
             if letters := dead[each.account] + dead[None]:
                 reasons.append(f"{letters:,} dead letters are open: `tallystick doctor`")
-            if created[each.account] >= each.period_end and not each.events:
-                # Where nobody said since when it is active, an account is so since ever: a typo would bill any period.
-                reasons.append("the account was created after its end: is the period right?")
             reasons += unreconciled.reasons(each)
             if reasons:
                 found[each.account] = reasons
@@ -64,7 +60,6 @@ def obstacles(ledger: Ledger, settings: Settings, period: str, inputs: Sequence[
 
 
 _RECORDED = sa.text(sql("ledger_events_by_account"))
-_CREATED = sa.select(accounts.c.account, accounts.c.created_at)
 _DEAD = sa.select(dead_letters.c.account).where(
     dead_letters.c.resolved_at.is_(None),
     sa.or_(dead_letters.c.period.is_(None), dead_letters.c.period == sa.bindparam("period")),

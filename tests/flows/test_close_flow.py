@@ -60,7 +60,9 @@ def test_a_month_is_closed_by_command(months: Place, capsys: pytest.CaptureFixtu
     closed = flows("bill-period", "--period", PERIOD, "--final", "--actor", "finance")
     assert closed.exit_code == 1
     done, problem, _ = closed.stderr.split("\n")
-    assert done == "closed 1 accounts, INV-000001 to INV-000001; 0 have a period that is not over"
+    assert (
+        done == "closed 1 accounts, INV-000001 to INV-000001; 0 have a period that is not over, 0 were created after it"
+    )
     assert problem.startswith("error: 1 not billed: 'zeta': 1 runs differ, and nothing was decided of them: ")
     assert sorted(path.stem for path in (months.out / PERIOD / "invoices").glob("*.json")) == [
         "INV-000001",
