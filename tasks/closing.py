@@ -6,17 +6,20 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import sqlalchemy as sa
 from prefect import task
 
 from metering.accounts import list_accounts
-from metering.errors import MeteringError, PeriodClosed
-from metering.ledger import Ledger
+from metering.errors import Conflict, MeteringError, PeriodClosed
+from metering.ledger import Ledger, plan_versions
 from metering.ledger.closing import Act, close_period, document, frozen_of, issue_credit_note, void
+from metering.ledger.schema import accounts
 from metering.settings import Settings
+from metering.windows import period_of_month
 from reports.invoice import invoice_csv, invoice_html
 from tasks.bills import cause_of, check_costs, newest_recost_of
 from tasks.errors import WarehouseError
-from tasks.periods import late_inputs, loaded, open_inputs, plans_of, priceable
+from tasks.periods import INSTANT, late_inputs, loaded, open_inputs, plans_of, priceable
 from tasks.readiness import obstacles
 from tasks.warehouse import open_for_reading
 
@@ -24,8 +27,7 @@ if TYPE_CHECKING:
     from datetime import datetime
     from pathlib import Path
 
-    import sqlalchemy as sa
-
+    from metering.billing.closing import PeriodInputs
     from metering.billing.invoices import Invoice
 
 __all__ = ["Closed", "act_of", "close_accounts", "credit_invoice", "files_of", "void_invoice"]
@@ -72,7 +74,7 @@ def close_accounts(
     act = act_of(settings, actor, now)
     numbers: list[str] = []
     refused: list[tuple[str, str]] = []
-    accounts = 0
+    count = 0
     with closing(Ledger(ledger_url)) as ledger:
         with open_for_reading(warehouse) as connection, ledger.read() as known:
             costs = check_costs(known, connection)
@@ -97,26 +99,33 @@ def close_accounts(
             refused += waiting
             try:
                 with ledger.write() as writing:
-                    _check_still(costs, writing)
+                    _check_still(writing, costs, each)
                     numbers += close_period(writing, each, fine, act, override=why)
-                accounts += 1
+                count += 1
             except PeriodClosed:
                 continue  # by another run, meanwhile
             except MeteringError as exc:
                 refused.append((each.account, str(cause_of(exc, plans, each.usage))))
     return Closed(
         numbers=tuple(numbers),
-        accounts=accounts,
+        accounts=count,
         not_over=len(inputs) - len(ended),
         came_later=len(ended) - len(over),
         refused=tuple(refused),
     )
 
 
-def _check_still(costs: int, connection: sa.Connection) -> None:
-    """Raise `WarehouseError` where a recost has begun since costs were read."""
+def _check_still(connection: sa.Connection, costs: int, inputs: PeriodInputs) -> None:
+    """Raise `WarehouseError` where costs have changed since they were read, `Conflict` where plan or period have."""
     if newest_recost_of(connection) != costs:
         raise WarehouseError("costs were changed meanwhile: run `python -m flows rebuild`, and close again")
+    cut = sa.select(accounts.c.time_zone, accounts.c.anchor_day).where(accounts.c.account == inputs.account)
+    zone, day = connection.execute(cut).one()
+    window = period_of_month(inputs.period, time_zone=zone, anchor_day=day)
+    plan = plan_versions.in_force(connection, inputs.account, inputs.period_end - INSTANT)
+    now = (window.start, window.end, plan and plan.plan_version)
+    if now != (inputs.period_start, inputs.period_end, inputs.plan_version):
+        raise Conflict(f"the plan or the period of account {inputs.account!r} was changed meanwhile: close again")
 
 
 def void_invoice(ledger_url: str, number: str, now: datetime, *, actor: str, reason: str) -> str:

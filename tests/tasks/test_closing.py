@@ -16,6 +16,7 @@ from metering.ledger import Ledger
 from metering.ledger.closing import chain_faults, close_period, document, documents_of, frozen_of, recomputed
 from metering.meter import Meter
 from metering.settings import Settings
+from tasks import closing as closing_task
 from tasks import costs
 from tasks.closing import act_of, credit_invoice, void_invoice
 from tasks.errors import JobError, WarehouseError
@@ -369,3 +370,20 @@ def test_what_a_closed_period_cost_stays(metered: Place, monkeypatch: pytest.Mon
     with pytest.raises(JobError, match="period 2023-11 is closed for 1 accounts: what was billed stays"):
         recost_period.fn(metered.ledger_url, metered.warehouse, act, dry_run=False)
     assert metered.ledger_rows("SELECT count(*) FROM recosts") == [(0,)]
+
+
+def test_what_changes_while_a_period_is_closed_is_seen(metered: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between reading and writing: nothing of that account is written, and the next run has it right."""
+    metered.aggregate()
+
+    def and_move(*args: Any) -> dict[str, list[str]]:
+        with metered.meter() as meter:
+            meter.accounts.update("acme", anchor_day=5)
+        return {}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(closing_task, "obstacles", and_move)
+        closed = metered.close_loaded(PERIOD)
+    assert closed.refused == (("acme", "the plan or the period of account 'acme' was changed meanwhile: close again"),)
+    assert metered.close(at=datetime(2023, 12, 6, tzinfo=UTC)).accounts == 1
+    assert str(finals(metered)[0].period_end) == "2023-12-05 00:00:00+00:00"
