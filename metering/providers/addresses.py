@@ -110,8 +110,10 @@ def _is_public(ip: IPv4Address | IPv6Address) -> bool:
         inside = ip.sixtofour  # RFC 3056
         if any(ip in network for network in WITH_IPV4):
             inside = IPv4Address(int(ip) & 0xFFFF_FFFF)
-        if any(ip in network for network in LOCAL) or (inside is not None and not _is_public(inside)):
+        if any(ip in network for network in LOCAL):
             return False
+        if inside is not None:
+            return _is_public(inside)  # what stands around it is told apart differently by versions of Python
     return ip.is_global and not ip.is_multicast
 
 
