@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import shutil
 from contextlib import closing
 from datetime import timedelta
 from decimal import Decimal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import pytest
@@ -24,6 +25,9 @@ from tasks.explain import explain_item
 from tasks.rerate import rerate_period, rerated_rows
 from tasks.verify import close_differences, document_differences
 from tests.tasks.place import NOVEMBER, PERIOD, Place, event, month_of_usage
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 DECEMBER = NOVEMBER + timedelta(days=30)
 FINALS = "INV-000001", "INV-000002"
@@ -63,9 +67,13 @@ def used(tokens: int, **said: Any) -> Any:
     return event(usage=TokenUsage(input_tokens=tokens), **said)
 
 
-@pytest.fixture
-def closed(place: Place) -> Place:
-    """Two periods of one account, the second with what came late for the first."""
+@pytest.fixture(scope="module")
+def two_closes(tmp_path_factory: pytest.TempPathFactory, empty_ledger: Path) -> Path:
+    """The home of two periods of one account, the second with what came late for the first."""
+    home = tmp_path_factory.mktemp("two_closes") / "home"
+    home.mkdir()
+    shutil.copy(empty_ledger, home / "ledger.db")
+    place = Place(home)
     place.plans(PLAN)
     place.account("acme", "metered")
     place.add(
@@ -78,7 +86,13 @@ def closed(place: Place) -> Place:
     place.close("2023-12")
     for period in (PERIOD, "2023-12"):
         place.invoice(period)
-    return place
+    return home
+
+
+@pytest.fixture
+def closed(two_closes: Path, tmp_path: Path) -> Place:
+    """A copy of it for one test."""
+    return Place(shutil.copytree(two_closes, tmp_path / "home"))
 
 
 def test_all_is_as_it_was_issued(closed: Place) -> None:
