@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +35,11 @@ from tests.tasks.closed import close
 from tests.tasks.place import NOVEMBER, PERIOD, Place, event, month_of_usage
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
     from uuid import UUID
+
+    from tests.servers import PostgresServer
 
 CLOSED = NOVEMBER + timedelta(days=17)
 LATER = NOVEMBER + timedelta(days=60)
@@ -51,15 +55,35 @@ def ledger_url(either_url: str) -> str:
     return either_url
 
 
-@pytest.fixture
-def month(place: Place) -> Place:
-    """A month of six accounts, billed and closed."""
+@pytest.fixture(scope="module", params=["sqlite", "postgres"])
+def closed_month(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, empty_ledger: Path) -> Place:
+    """A month of six accounts, billed and closed, to be copied."""
+    home = tmp_path_factory.mktemp("closed_month") / "home"
+    if request.param == "sqlite":
+        home.mkdir()
+        shutil.copy(empty_ledger, home / "ledger.db")
+        place = Place(home)
+    else:
+        server = request.getfixturevalue("postgres")
+        place = Place.at(home, server.database(like=request.getfixturevalue("empty_postgres")))
     month_of_usage(place, events=120)
     place.aggregate()
     place.invoice()
     for account in ACCOUNTS:
         close(place, account)
     return place
+
+
+@pytest.fixture
+def month(closed_month: Place, tmp_path: Path, postgres: PostgresServer) -> Iterator[Place]:
+    """A copy of it for one test."""
+    home = shutil.copytree(closed_month.home, tmp_path / "home")
+    if closed_month.url is None:
+        yield Place(home)
+        return
+    url = postgres.database(like=closed_month.url)
+    yield Place(home, url)
+    postgres.drop(url)
 
 
 def archive(place: Place, *, after_days: int = 0, now: Any = LATER) -> list[str]:
