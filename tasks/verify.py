@@ -15,7 +15,8 @@ from metering.billing.money import EXACT
 from metering.errors import MeteringError
 from metering.events import TOKEN_FIELDS
 from metering.ledger import Ledger
-from metering.ledger.closing import chain_faults, document, documents_of, frozen_of, recomputed
+from metering.ledger.closing import document, documents_of, frozen_of
+from metering.ledger.proving import chain_faults, recomputed
 from metering.ledger.schema import archives, events
 from metering.settings import Settings
 from tasks.archives import archived_sums, changed_archives

@@ -1,4 +1,4 @@
-"""Closed periods in the ledger: what was frozen, final documents, their numbers, and the chain of closes."""
+"""Closed periods in the ledger: what was frozen, final documents, and their numbers. `proving` proves them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal, localcontext
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import sqlalchemy as sa
@@ -30,17 +30,19 @@ from metering.ledger.schema import closes, events, frozen_inputs, invoice_items,
 from metering.ledger.types import decimal_text, instant_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from metering.plans import Plan
 
     FilesOf = Callable[[Invoice], tuple[bytes, bytes]]
 
 __all__ = [
+    "CLOSES",
+    "DOCUMENTS",
     "Act",
+    "CloseContent",
     "FinalDocument",
     "billed_of",
-    "chain_faults",
     "close_period",
     "document",
     "documents_of",
@@ -48,7 +50,8 @@ __all__ = [
     "frozen_of",
     "issue_credit_note",
     "later_events",
-    "recomputed",
+    "plans_in",
+    "row_content",
     "taken_back",
     "void",
 ]
@@ -59,11 +62,7 @@ ISSUER = re.compile(r"[A-Z0-9][A-Z0-9-]{0,30}", re.ASCII)
 _NUMBER = re.compile(r"(?P<issuer>.+)-(?P<number>\d{6,9})", re.ASCII)
 
 
-_MadeOf = list[tuple[str, int]]
-_T = TypeVar("_T")
-
-
-class _Content(msgspec.Struct, kw_only=True):
+class CloseContent(msgspec.Struct, kw_only=True):
     """What a close says."""
 
     account: str
@@ -172,13 +171,13 @@ def close_period(
     is_closed = sa.select(closes.c.close).where(closes.c.account == inputs.account, closes.c.period == inputs.period)
     if connection.execute(is_closed).first() is not None:
         raise PeriodClosed(inputs.account, inputs.period)
-    plans, billed = _plans(connection), billed_of(connection, inputs.account)
+    plans, billed = plans_in(connection), billed_of(connection, inputs.account)
     adjusted = [each for each in late if adjustments(each, plans, billed.get(each.period, {}))[1]]
     drafts = composed(inputs, adjusted, plans, billed)
     frozen = {each.period: _freeze(connection, each, act.at) for each in (inputs, *late)}
     made_of = [frozen[each.period] for each in (inputs, *adjusted)]
     numbers = [_issue(connection, draft, act, inputs=made_of) for draft in drafts]
-    content = _Content(
+    content = CloseContent(
         account=inputs.account,
         period=inputs.period,
         override=override,
@@ -194,7 +193,7 @@ def close_period(
         "override": override,
         "content": msgspec.json.encode(content, order="sorted").decode(),
     }
-    connection.execute(closes.insert().values(**row, **_link(connection, CLOSES, _said(row))))
+    connection.execute(closes.insert().values(**row, **_link(connection, CLOSES, row_content(row))))
     said: dict[str, Any] = {} if override is None else {"override": override}
     admin_log.note(
         connection,
@@ -228,7 +227,7 @@ def issue_credit_note(connection: sa.Connection, number: str, inputs: PeriodInpu
     found = _invoice_to_name(connection, number)
     billed = billed_of(connection, found.account).get(found.period, {})
     invoice = found.invoice
-    draft = credit_note(invoice, inputs, _plans(connection), billed)
+    draft = credit_note(invoice, inputs, plans_in(connection), billed)
     if draft.currency != invoice.currency:
         raise InvoiceConflict(number, f"is in {invoice.currency}, and {found.period} is billed in {draft.currency}")
     if draft.total >= 0:
@@ -274,109 +273,7 @@ def later_events(connection: sa.Connection, inputs: PeriodInputs) -> set[int]:
     return set(connection.execute(query).scalars())
 
 
-def recomputed(connection: sa.Connection, found: FinalDocument) -> bytes:
-    """A final document's canonical JSON anew, from what was frozen and what was billed before it.
-
-    Raises `InvoiceConflict` where frozen inputs are not those that were frozen.
-    """
-    if found.kind == "void":
-        assert found.names is not None
-        return found.numbered(voided(document(connection, found.names).invoice))
-    inputs = [frozen_inputs_of(connection, found, *each) for each in found.inputs]
-    plans, billed = _plans(connection), billed_of(connection, found.account, before=found.seq)
-    if found.kind == "credit_note":
-        assert found.names is not None
-        invoice = document(connection, found.names).invoice
-        return found.numbered(credit_note(invoice, inputs[0], plans, billed.get(found.period, {})))
-    for draft in composed(inputs[0], inputs[1:], plans, billed):
-        if draft.currency == found.invoice.currency:
-            return found.numbered(draft)
-    raise InvoiceConflict(found.number, "what was frozen comes to no document in its currency")
-
-
-def frozen_inputs_of(connection: sa.Connection, found: FinalDocument, period: str, revision: int) -> PeriodInputs:
-    """One revision of what a document was made of. Raises `InvoiceConflict` where it is not what was frozen."""
-    row = connection.execute(
-        sa.select(frozen_inputs.c.inputs, frozen_inputs.c.digest).where(
-            frozen_inputs.c.account == found.account,
-            frozen_inputs.c.period == period,
-            frozen_inputs.c.revision == revision,
-        )
-    ).one_or_none()
-    named = f"what was frozen of {period} (revision {revision})"
-    if row is None:
-        raise InvoiceConflict(found.number, f"{named} is missing")
-    if hashlib.sha256(row.inputs.encode()).hexdigest() != row.digest:
-        raise InvoiceConflict(found.number, f"{named} has changed")
-    return PeriodInputs.from_json(row.inputs)
-
-
-def chain_faults(connection: sa.Connection) -> list[str]:
-    """What of closes and final documents is not as it was written: a row, its place, its items, or what was frozen."""
-    closed = _rows(connection, sa.select(closes).order_by(closes.c.close))
-    issued = _rows(connection, sa.select(invoices).order_by(invoices.c.seq))
-    items: defaultdict[int, list[dict[str, Any]]] = defaultdict(list)
-    for item in _rows(connection, sa.select(invoice_items).order_by(*invoice_items.primary_key)):
-        items[item["seq"]].append(item)
-    found = [
-        *_chain_faults(connection, CLOSES, "close", [(row["close"], row, _said(row)) for row in closed]),
-        *_chain_faults(
-            connection, DOCUMENTS, "document", [(row["seq"], row, _said(row, items[row["seq"]])) for row in issued]
-        ),
-        *_number_faults(connection, issued),
-    ]
-    for row in closed:
-        named = f"close {row['close']} ({row['account']!r}, {row['period']})"
-        found += [f"{named}: {each}" for each in _close_faults(connection, row)]
-    made_of = {(row["account"], *each) for row in issued for each in _read(row["inputs"], _MadeOf) or ()}
-    frozen = {
-        (row["account"], *each)
-        for row in closed
-        if (content := _read(row["content"], _Content)) is not None
-        for each in content.inputs.items()
-    }
-    for row in _rows(connection, sa.select(frozen_inputs)):
-        key = (row["account"], row["period"])
-        if (*key, row["revision"]) not in made_of and (*key, row["digest"]) not in frozen:
-            found.append(f"what was frozen of {key[0]!r} in {key[1]} (revision {row['revision']}): nothing froze it")
-    return found
-
-
-def _rows(connection: sa.Connection, query: sa.Select[Any]) -> list[dict[str, Any]]:
-    return [dict(row) for row in connection.execute(query).mappings()]
-
-
-def _read(text: str, shape: type[_T]) -> _T | None:
-    try:
-        return msgspec.json.decode(text, type=shape)
-    except msgspec.DecodeError:
-        return None
-
-
-def _chain_faults(
-    connection: sa.Connection, chain: str, what: str, rows: Sequence[tuple[int, Mapping[str, Any], tuple[bytes, ...]]]
-) -> Iterator[str]:
-    links = (
-        chains.Link(number=number, previous=row["previous"], digest=row["digest"], content=content)
-        for number, row, content in rows
-    )
-    for fault in chains.faults(links, chains.head_of(connection, chain)):
-        yield f"{what} {fault.entry}: {fault.problem}" if fault.entry is not None else f"{what}s: {fault.problem}"
-
-
-def _number_faults(connection: sa.Connection, issued: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Where numbers are not 1, 2, 3 and so on, as far as their issuer has given any."""
-    given: defaultdict[str, list[int]] = defaultdict(list)
-    for row in issued:
-        given[row["issuer"]].append(row["number"])
-    for issuer, last in connection.execute(sa.select(issuers.c.issuer, issuers.c.last_number)):
-        if sorted(given.pop(issuer, [])) != list(range(1, last + 1)):
-            yield f"issuer {issuer}: its documents are not those numbered 1 to {last}"
-    for issuer in given:
-        yield f"issuer {issuer}: is not known, and has documents"
-
-
-def _said(row: Mapping[str, Any], items: Sequence[Mapping[str, Any]] = ()) -> tuple[bytes, ...]:
+def row_content(row: Mapping[str, Any], items: Sequence[Mapping[str, Any]] = ()) -> tuple[bytes, ...]:
     """All that a row and its items say, as a chain has it."""
     left_out = ("close", "seq", "previous", "digest")
     said = {name: _plain(value) for name, value in row.items() if name not in left_out}
@@ -398,26 +295,21 @@ def _link(connection: sa.Connection, chain: str, content: tuple[bytes, ...]) -> 
     return {"previous": head.digest, "digest": digest}
 
 
-def _close_faults(connection: sa.Connection, row: Mapping[str, Any]) -> Iterator[str]:
-    """Where a close and what it froze do not fit together."""
-    content = _read(row["content"], _Content)
-    if content is None:
-        yield "cannot be read"
-        return
-    if (content.account, content.period, content.override) != (row["account"], row["period"], row["override"]):
-        yield "is not of the account, the period or the override that was written"
-    for period, digest in content.inputs.items():
-        query = sa.select(frozen_inputs.c.inputs).where(
-            frozen_inputs.c.account == content.account, frozen_inputs.c.period == period
+def frozen_inputs_of(connection: sa.Connection, found: FinalDocument, period: str, revision: int) -> PeriodInputs:
+    """One revision of what a document was made of. Raises `InvoiceConflict` where it is not what was frozen."""
+    row = connection.execute(
+        sa.select(frozen_inputs.c.inputs, frozen_inputs.c.digest).where(
+            frozen_inputs.c.account == found.account,
+            frozen_inputs.c.period == period,
+            frozen_inputs.c.revision == revision,
         )
-        if digest not in {hashlib.sha256(text.encode()).hexdigest() for text in connection.execute(query).scalars()}:
-            yield f"what was frozen of {period} has changed"
-    for number, digest in content.documents.items():
-        try:
-            if hashlib.sha256(document(connection, number).document).hexdigest() != digest:
-                yield f"document {number} has changed"
-        except UnknownInvoice:
-            yield f"document {number} is missing"
+    ).one_or_none()
+    named = f"what was frozen of {period} (revision {revision})"
+    if row is None:
+        raise InvoiceConflict(found.number, f"{named} is missing")
+    if hashlib.sha256(row.inputs.encode()).hexdigest() != row.digest:
+        raise InvoiceConflict(found.number, f"{named} has changed")
+    return PeriodInputs.from_json(row.inputs)
 
 
 def _documents(connection: sa.Connection, query: sa.Select[Any]) -> Iterable[FinalDocument]:
@@ -515,7 +407,7 @@ def _issue(
         "csv_digest": hashlib.sha256(csv).hexdigest(),
         "html_digest": hashlib.sha256(html).hexdigest(),
     }
-    linked = _link(connection, DOCUMENTS, _said(row, items))
+    linked = _link(connection, DOCUMENTS, row_content(row, items))
     written = connection.execute(invoices.insert().values(**row, **linked))
     assert written.inserted_primary_key is not None
     if items:
@@ -551,7 +443,8 @@ def _freeze(connection: sa.Connection, inputs: PeriodInputs, at: datetime) -> tu
     return inputs.period, known[inputs.digest]
 
 
-def _plans(connection: sa.Connection) -> dict[int, Plan]:
+def plans_in(connection: sa.Connection) -> dict[int, Plan]:
+    """Every plan version."""
     return {version.plan_version: version.plan for version in plan_versions.versions(connection)}
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from metering.ledger import Ledger
-from metering.ledger.closing import chain_faults
+from metering.ledger.proving import chain_faults
 from tasks.verify import document_differences
 from tests.faults.test_flow_kill import DEADLINE_S, ROUNDS, kill_group, start
 from tests.tasks.place import Place, month_of_usage

@@ -13,7 +13,8 @@ import pytest
 from metering.errors import Conflict, InvoiceConflict, PeriodClosed, UnknownInvoice
 from metering.events import TokenUsage
 from metering.ledger import Ledger
-from metering.ledger.closing import chain_faults, close_period, document, documents_of, frozen_of, recomputed
+from metering.ledger.closing import close_period, document, documents_of, frozen_of
+from metering.ledger.proving import chain_faults, recomputed
 from metering.meter import Meter
 from metering.settings import Settings
 from tasks import closing as closing_task

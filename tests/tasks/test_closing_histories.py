@@ -28,7 +28,8 @@ from metering.billing.closing import composed
 from metering.errors import CorrectionConflict, InvoiceConflict
 from metering.events import TokenUsage
 from metering.ledger import Ledger
-from metering.ledger.closing import billed_of, chain_faults, document, frozen_of, recomputed
+from metering.ledger.closing import billed_of, document, frozen_of
+from metering.ledger.proving import chain_faults, recomputed
 from metering.windows import period_of_month
 from tasks import load_worker
 from tasks.closing import credit_invoice, void_invoice
