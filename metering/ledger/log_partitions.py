@@ -85,7 +85,7 @@ def _briefly(ledger: Ledger, change: Callable[[sa.Connection, date], bool], day:
     """Whether it was done. No lock is held or waited for longer than LOCKED_MS."""
     for attempt in range(ATTEMPTS):
         if attempt:
-            time.sleep(PAUSE_S)
+            time.sleep(PAUSE_S)  # lets those pass who hold the lock; nothing tells when they have
         try:
             with ledger.write() as connection:
                 connection.exec_driver_sql(
