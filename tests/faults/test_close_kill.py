@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import time
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
@@ -13,32 +12,16 @@ import pytest
 from metering.ledger import Ledger
 from metering.ledger.proving import chain_faults
 from tasks.verify import document_differences
-from tests.faults.test_flow_kill import DEADLINE_S, ROUNDS, kill_group, start
+from tests.faults.killing import ROUNDS, driver, finished, kill_group
 from tests.tasks.place import Place, month_of_usage
 
 if TYPE_CHECKING:
-    import subprocess
     from pathlib import Path
 
 ACCOUNTS = 12
 
+DRIVER = "tests.faults.close_driver"
 chance = random.Random(20231206)
-
-
-def driver(place: Place) -> subprocess.Popen[str]:
-    run = start(place, "tests.faults.close_driver", str(place.home))
-    assert run.stdout is not None
-    assert run.stdout.readline() == "ready\n"
-    return run
-
-
-def finished(place: Place) -> float:
-    """Seconds that a close took, undisturbed."""
-    run = driver(place)
-    began = time.monotonic()
-    _, said = run.communicate(timeout=DEADLINE_S)
-    assert run.returncode == 0, said
-    return time.monotonic() - began
 
 
 def result(place: Place) -> dict[str, Any]:
@@ -66,7 +49,7 @@ def aggregated(tmp_path_factory: pytest.TempPathFactory, empty_ledger: Path) -> 
 def test_a_close_killed_at_any_moment(aggregated: Place, tmp_path: Path) -> None:
     undisturbed = Place(tmp_path / "undisturbed")
     shutil.copytree(aggregated.home, undisturbed.home)
-    took_s = finished(undisturbed)
+    took_s = finished(undisturbed, DRIVER)
     expected = result(undisturbed)
     numbers = [row[2] for row in expected["documents"]]
     assert numbers == list(range(1, len(numbers) + 1))
@@ -75,10 +58,10 @@ def test_a_close_killed_at_any_moment(aggregated: Place, tmp_path: Path) -> None
     for number in range(ROUNDS):
         place = Place(tmp_path / f"round-{number}")
         shutil.copytree(aggregated.home, place.home)
-        kill_group(driver(place), took_s * (number + chance.random()) / ROUNDS)
+        kill_group(driver(place, DRIVER), took_s * (number + chance.random()) / ROUNDS)
         ((closed,),) = place.ledger_rows("SELECT count(*) FROM closes")
         halfway += 0 < closed < len(expected["closes"])
-        finished(place)
+        finished(place, DRIVER)
         assert result(place) == expected, f"round {number}"
         with closing(Ledger(place.ledger_url)) as ledger, ledger.read() as connection:
             assert chain_faults(connection) == []

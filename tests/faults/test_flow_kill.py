@@ -16,46 +16,16 @@ from typing import Any
 import pytest
 
 from tasks.load import ROOT
+from tests.faults.killing import DEADLINE_S, ROUNDS, driver, kill_group, start
 from tests.tasks.place import PERIOD, Place, month_of_usage
 
-ROUNDS = int(os.environ.get("TALLYSTICK_FAULT_ROUNDS", "2"))
-DEADLINE_S = 120
+DRIVER = "tests.faults.cycle_driver"
 PREPARE = """
 import asyncio
 from prefect.server.database import provide_database_interface
 asyncio.run(provide_database_interface().run_migrations_upgrade())
 """
 chance = random.Random(20231116)
-
-
-def start(place: Place, *module: str, **environment: str) -> subprocess.Popen[str]:
-    """A run in a process group of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", *module],
-        cwd=ROOT,
-        env={**os.environ, "METERING_HOME": str(place.home), **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def driver(place: Place) -> subprocess.Popen[str]:
-    run = start(place, "tests.faults.cycle_driver", str(place.home))
-    assert run.stdout is not None
-    assert run.stdout.readline() == "ready\n"
-    return run
-
-
-def kill_group(run: subprocess.Popen[str], after_s: float) -> bool:
-    """Kill a run and all it started once its time is over; whether there was anything left to kill."""
-    try:
-        run.wait(after_s)
-    except subprocess.TimeoutExpired:
-        os.killpg(run.pid, signal.SIGKILL)
-    run.communicate(timeout=DEADLINE_S)
-    return run.returncode == -signal.SIGKILL
 
 
 def worker_of(run: subprocess.Popen[str]) -> int | None:
@@ -102,7 +72,7 @@ def undisturbed(fresh: Place) -> tuple[dict[str, Any], float]:
     """What a run that nobody kills comes to, and how long it takes once it has started."""
     home = fresh.home.parent / "undisturbed"
     shutil.copytree(fresh.home, home)
-    run = driver(Place(home))
+    run = driver(Place(home), DRIVER)
     began = time.monotonic()
     assert run.wait(DEADLINE_S) == 0
     took_s = time.monotonic() - began
@@ -119,7 +89,7 @@ def test_a_cycle_killed_at_any_moment(undisturbed: tuple[dict[str, Any], float],
     for number in range(ROUNDS):
         place = copied(f"round-{number}")
         # One moment in each part of the run's duration, however many rounds there are.
-        killed += kill_group(driver(place), took_s * (number + chance.random()) / ROUNDS)
+        killed += kill_group(driver(place, DRIVER), took_s * (number + chance.random()) / ROUNDS)
         place.cycle()
         assert result(place) == expected, f"round {number}"
     assert killed
@@ -129,7 +99,7 @@ def test_a_load_whose_worker_is_killed(undisturbed: tuple[dict[str, Any], float]
     expected, _ = undisturbed
     for number in range(max(1, ROUNDS // 3)):
         place = copied(f"worker-{number}")
-        run = driver(place)
+        run = driver(place, DRIVER)
         deadline = time.monotonic() + DEADLINE_S
         while (worker := worker_of(run)) is None:
             assert run.poll() is None

@@ -4,36 +4,19 @@ from __future__ import annotations
 
 import random
 import shutil
-import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tasks.errors import WarehouseError
-from tests.faults.test_flow_kill import DEADLINE_S, ROUNDS, kill_group, start
+from tests.faults.killing import ROUNDS, driver, finished, kill_group
 from tests.tasks.place import Place, month_of_usage
 
 if TYPE_CHECKING:
-    import subprocess
     from pathlib import Path
 
+DRIVER = "tests.faults.recost_driver"
 chance = random.Random(20231205)
-
-
-def driver(place: Place) -> subprocess.Popen[str]:
-    run = start(place, "tests.faults.recost_driver", str(place.home))
-    assert run.stdout is not None
-    assert run.stdout.readline() == "ready\n"
-    return run
-
-
-def finished(place: Place) -> float:
-    """Seconds that a recost took, undisturbed."""
-    run = driver(place)
-    began = time.monotonic()
-    _, said = run.communicate(timeout=DEADLINE_S)
-    assert run.returncode == 0, said
-    return time.monotonic() - began
 
 
 def result(place: Place) -> dict[str, Any]:
@@ -60,7 +43,7 @@ def aggregated(tmp_path_factory: pytest.TempPathFactory, empty_ledger: Path) -> 
 def test_a_recost_killed_at_any_moment(aggregated: Place, tmp_path: Path) -> None:
     undisturbed = Place(tmp_path / "undisturbed")
     shutil.copytree(aggregated.home, undisturbed.home)
-    took_s = finished(undisturbed)
+    took_s = finished(undisturbed, DRIVER)
     expected = result(undisturbed)
     assert len(expected["replaced"]) > 1_000
     assert len(expected["recosts"]) == 1
@@ -68,10 +51,10 @@ def test_a_recost_killed_at_any_moment(aggregated: Place, tmp_path: Path) -> Non
     for number in range(ROUNDS):
         place = Place(tmp_path / f"round-{number}")
         shutil.copytree(aggregated.home, place.home)
-        killed += kill_group(driver(place), took_s * (number + chance.random()) / ROUNDS)
+        killed += kill_group(driver(place, DRIVER), took_s * (number + chance.random()) / ROUNDS)
         if [(len(place.ledger_rows("SELECT * FROM recosts")),)] != place.warehouse_rows("SELECT * FROM loaded_recost"):
             with pytest.raises(WarehouseError, match=r"recost 1 of 2023-11 has not ended|newest recost is 1"):
                 place.load()
-        finished(place)
+        finished(place, DRIVER)
         assert result(place) == expected, f"round {number}"
     assert killed

@@ -13,7 +13,7 @@ from benchmarks.retention import measured
 from metering.clock import utc_now
 from metering.ledger import Ledger
 from metering.ledger.retention import Kept, due, rules
-from tests.faults.test_flow_kill import ROUNDS
+from tests.faults.killing import ROUNDS
 
 ROWS = 10_000 * ROUNDS
 MOST_MIB = 32

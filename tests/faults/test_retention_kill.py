@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -14,33 +13,17 @@ import pytest
 from metering.legal_holds import place_hold
 from tasks.rebuild import rebuild_warehouse
 from tasks.verify import archive_differences
-from tests.faults.test_flow_kill import DEADLINE_S, ROUNDS, kill_group, start
+from tests.faults.killing import ROUNDS, driver, finished, kill_group
 from tests.tasks.closed import close
 from tests.tasks.place import NOVEMBER, Place, month_of_usage
 
 if TYPE_CHECKING:
-    import subprocess
     from pathlib import Path
 
 EVENTS = 600
 HELD = "account-3"
+DRIVER = "tests.faults.retention_driver"
 chance = random.Random(20240301)
-
-
-def driver(place: Place) -> subprocess.Popen[str]:
-    run = start(place, "tests.faults.retention_driver", str(place.home))
-    assert run.stdout is not None
-    assert run.stdout.readline() == "ready\n"
-    return run
-
-
-def finished(place: Place) -> float:
-    """Seconds that a run took, undisturbed."""
-    run = driver(place)
-    began = time.monotonic()
-    _, said = run.communicate(timeout=DEADLINE_S)
-    assert run.returncode == 0, said
-    return time.monotonic() - began
 
 
 def result(place: Place) -> dict[str, Any]:
@@ -85,7 +68,7 @@ def closed(tmp_path_factory: pytest.TempPathFactory, empty_ledger: Path) -> Plac
 def test_a_run_killed_at_any_moment(closed: Place, tmp_path: Path) -> None:
     undisturbed = Place(tmp_path / "undisturbed")
     shutil.copytree(closed.home, undisturbed.home)
-    took_s = finished(undisturbed)
+    took_s = finished(undisturbed, DRIVER)
     expected = result(undisturbed)
     every = set(known(closed))
     held = len(closed.ledger_rows(f"SELECT 1 FROM events WHERE account = '{HELD}'"))
@@ -97,13 +80,13 @@ def test_a_run_killed_at_any_moment(closed: Place, tmp_path: Path) -> None:
     for number in range(ROUNDS):
         place = Place(tmp_path / f"round-{number}")
         shutil.copytree(closed.home, place.home)
-        killed += kill_group(driver(place), took_s * (number + chance.random()) / ROUNDS)
+        killed += kill_group(driver(place, DRIVER), took_s * (number + chance.random()) / ROUNDS)
         assert set(known(place)) == every, f"round {number}"
         assert archive_differences(place.ledger_url, place.archives) == [], f"round {number}"
-        finished(place)
+        finished(place, DRIVER)
         assert result(place) == expected, f"round {number}"
         # A run more changes nothing.
-        finished(place)
+        finished(place, DRIVER)
         assert result(place) == expected, f"round {number}"
     assert killed
     rebuild_warehouse.fn(undisturbed.ledger_url, undisturbed.warehouse, undisturbed.archives)
